@@ -1,0 +1,286 @@
+"""The only place that judges shapes, dtypes, devices and values of arguments.
+
+Every message names the argument, says what came and what is needed. Values held in tensors
+(``lengths``, ``cu_seqlens``, page tables) are read in eager calls; under ``torch.compile`` they are
+asserted by the compiled program instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_dense(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k, v of ``attention``: ``[batch, heads, length, dim]`` with what they must share."""
+    _check_qkv(q, k, v, ("q", "k", "v"), "[batch, heads, length, dim]")
+    _check_equal("k", "batch", k.shape[0], q.shape[0])
+    _check_heads(q.shape[1], k.shape[1], q.shape[3], k.shape[3], "k")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"v: batch, heads and length are {list(v.shape[:3])} but k's are {list(k.shape[:3])}; "
+            f"they must be equal"
+        )
+
+
+def check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k, v of ``attention_varlen``: ``[total, heads, dim]``."""
+    _check_qkv(q, k, v, ("q", "k", "v"), "[total, heads, dim]")
+    _check_heads(q.shape[1], k.shape[1], q.shape[2], k.shape[2], "k")
+    if v.shape[:2] != k.shape[:2]:
+        raise ValueError(
+            f"v: total and heads are {list(v.shape[:2])} but k's are {list(k.shape[:2])}; "
+            f"they must be equal"
+        )
+
+
+def check_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    """q and a contiguous cache of ``decode``: ``[batch, kv_heads, max_len, dim]``."""
+    _check_qkv(q, k_cache, v_cache, ("q", "k_cache", "v_cache"), "[batch, heads, max_len, dim]")
+    _check_equal("k_cache", "batch", k_cache.shape[0], q.shape[0])
+    _check_heads(q.shape[1], k_cache.shape[1], q.shape[3], k_cache.shape[3], "k_cache")
+    if v_cache.shape[:3] != k_cache.shape[:3]:
+        raise ValueError(
+            f"v_cache: batch, heads and length are {list(v_cache.shape[:3])} but k_cache's are "
+            f"{list(k_cache.shape[:3])}; they must be equal"
+        )
+
+
+def check_pages(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, lengths: Tensor
+) -> int:
+    """q and a paged cache of ``decode``; returns the most keys that the table can hold."""
+    layout = "[pages, page_size, kv_heads, dim]"
+    _check_qkv(q, k_cache, v_cache, ("q", "k_cache", "v_cache"), layout)
+    _check_heads(q.shape[1], k_cache.shape[2], q.shape[3], k_cache.shape[3], "k_cache")
+    if v_cache.shape[:3] != k_cache.shape[:3]:
+        raise ValueError(
+            f"v_cache: pages, page_size and heads are {list(v_cache.shape[:3])} but k_cache's are "
+            f"{list(k_cache.shape[:3])}; they must be equal"
+        )
+    _check_integers("page_table", page_table, q.device)
+    if page_table.dim() != 2 or page_table.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"page_table: shape is {list(page_table.shape)}; it must be [batch, max_pages] with "
+            f"batch {q.shape[0]}"
+        )
+    pages, size = k_cache.shape[:2]
+    if size == 0:
+        raise ValueError("k_cache: page_size is 0; it must be at least 1")
+    check_lengths(lengths, q, page_table.shape[1] * size)
+    first_key = torch.arange(page_table.shape[1], device=q.device) * size
+    used = first_key < lengths.to(q.device).unsqueeze(1)
+    wrong = used & ((page_table < 0) | (page_table >= pages))
+    _require(
+        ~wrong.any(),
+        lambda: (
+            f"page_table: entry {int(page_table[wrong][0])} is used by its sequence but there are "
+            f"{pages} pages; it must be in [0, {pages})"
+        ),
+        "page_table: an entry in use is not a page of the cache",
+    )
+    return page_table.shape[1] * size
+
+
+def check_lengths(lengths: object, q: Tensor, max_len: int) -> None:
+    """``lengths [batch]`` of ``decode``, each between 0 and the room in the cache."""
+    _check_integers("lengths", lengths, q.device)
+    assert isinstance(lengths, Tensor)
+    if tuple(lengths.shape) != (q.shape[0],):
+        raise ValueError(
+            f"lengths: shape is {list(lengths.shape)}; it must be [batch] = [{q.shape[0]}]"
+        )
+    _require(
+        ((lengths >= 0) & (lengths <= max_len)).all(),
+        lambda: (
+            f"lengths: got {lengths.tolist()}; each must be between 0 and the cache's {max_len} keys"
+        ),
+        "lengths: a length is negative or beyond the cache",
+    )
+
+
+def check_cu_seqlens(name: str, cu_seqlens: object, x: Tensor) -> None:
+    """Where packed sequences begin: from 0, never decreasing, to the number of tokens."""
+    _check_integers(name, cu_seqlens, x.device)
+    assert isinstance(cu_seqlens, Tensor)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"{name}: shape is {list(cu_seqlens.shape)}; it must be [sequences + 1]"
+        )
+    total = x.shape[0]
+    ascending = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+    _require(
+        ascending & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total),
+        lambda: (
+            f"{name}: got {_shortened(cu_seqlens)}; it must start at 0, never decrease and end at "
+            f"the {total} tokens of {'q' if name.endswith('q') else 'k'}"
+        ),
+        f"{name}: does not run from 0 up to the number of tokens",
+    )
+
+
+def longest(cu_seqlens: Tensor) -> int:
+    """Length of the longest packed sequence; reads the data."""
+    return int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if cu_seqlens.shape[0] > 1 else 0
+
+
+def score_options(
+    q: Tensor,
+    *,
+    bias: Tensor | None,
+    alibi: Tensor | None,
+    relative_bias: Tensor | None,
+    sinks: Tensor | None,
+    score_shape: tuple[int, int, int, int],
+    sequences: int,
+    distances: int,
+) -> dict[str, Tensor | None]:
+    """Check the score options and bring them to the shapes of ``problem.Inputs``."""
+    heads = score_shape[1]
+    options = {"bias": bias, "alibi": alibi, "relative_bias": relative_bias, "sinks": sinks}
+    for name, x in options.items():
+        if x is not None:
+            _check_option(name, x, q.device)
+    if bias is not None:
+        _check_broadcast("bias", bias, score_shape, "[batch, q_heads, q_len, kv_len]")
+        options["bias"] = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+    if alibi is not None:
+        words = "[q_heads] or [batch, q_heads]"
+        _check_shape("alibi", alibi, (heads,), (sequences, heads), words=words)
+        options["alibi"] = alibi.reshape(-1, heads, 1) if heads else alibi.reshape(1, 0, 1)
+    if relative_bias is not None:
+        words = "[q_heads, q_len + kv_len - 1]"
+        _check_shape("relative_bias", relative_bias, (heads, max(distances, 0)), words=words)
+    if sinks is not None:
+        _check_shape("sinks", sinks, (heads,), words="[q_heads]")
+    return options
+
+
+def _check_qkv(q: object, k: object, v: object, names: tuple[str, str, str], layout: str) -> None:
+    """Type, rank, dtype and device of the three."""
+    rank = layout.count(",") + 1
+    for name, x in zip(names, (q, k, v), strict=True):
+        wanted = "[batch, heads, length, dim]" if name == "q" and rank == 4 else layout
+        _check_float(name, x)
+        assert isinstance(x, Tensor)
+        if x.dim() != rank:
+            raise ValueError(
+                f"{name}: expected {rank} dimensions {wanted}, got {x.dim()} "
+                f"(shape {list(x.shape)})"
+            )
+    assert isinstance(q, Tensor)
+    for name, x in zip(names[1:], (k, v), strict=True):
+        assert isinstance(x, Tensor)
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: dtype is {x.dtype} but q's is {q.dtype}; they must be equal")
+        _check_device(name, x, q.device)
+
+
+def _check_float(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{name}: dtype is {x.dtype}; it must be float64, float32, float16 or bfloat16"
+        )
+
+
+def _check_integers(name: str, x: object, device: torch.device) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected an int tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: dtype is {x.dtype}; it must be int32 or int64")
+    _check_device(name, x, device)
+
+
+def _check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name}: device is {x.device} but q's is {device}; they must be equal")
+
+
+def _check_equal(name: str, what: str, got: int, wanted: int) -> None:
+    if got != wanted:
+        raise ValueError(f"{name}: {what} is {got} but q's is {wanted}; they must be equal")
+
+
+def _check_heads(q_heads: int, kv_heads: int, q_dim: int, k_dim: int, k_name: str) -> None:
+    """q's heads are a multiple of k's, and both have the same head_dim, at least 1."""
+    if (kv_heads == 0) != (q_heads == 0) or (kv_heads and q_heads % kv_heads):
+        raise ValueError(
+            f"q: {q_heads} heads cannot share {kv_heads} kv heads; "
+            f"q's head count must be a multiple of {k_name}'s"
+        )
+    if k_dim != q_dim:
+        raise ValueError(f"{k_name}: head_dim is {k_dim} but q's is {q_dim}; they must be equal")
+    if q_dim == 0:
+        raise ValueError("q: head_dim is 0; it must be at least 1")
+
+
+def check_scalars(
+    scale: float | None, softcap: float | None, dropout_p: float, seed: object
+) -> None:
+    """Finite scale, positive softcap, dropout probability in [0, 1), an integer seed."""
+    if scale is not None and not _is_finite_number(scale):
+        raise ValueError(f"scale: must be a finite number or None, got {scale!r}")
+    if softcap is not None and not (_is_finite_number(softcap) and softcap > 0):
+        raise ValueError(f"softcap: must be a positive finite number or None, got {softcap!r}")
+    if not (_is_finite_number(dropout_p) and 0 <= dropout_p < 1):
+        raise ValueError(f"dropout_p: must be in [0, 1), got {dropout_p!r}")
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ValueError(
+                f"seed: a tensor seed must be one int64, got {seed.dtype} {list(seed.shape)}"
+            )
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed: must be an int, an int64 tensor or None, got {seed!r}")
+    elif isinstance(seed, int) and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: must fit in 64 bits, got {seed}")
+
+
+def default_scale(head_dim: int) -> float:
+    """``1 / sqrt(head_dim)`` ("Attention is all you need", equation 1)."""
+    return 1.0 / math.sqrt(head_dim)
+
+
+def _check_option(name: str, x: object, device: torch.device) -> None:
+    _check_float(name, x)
+    assert isinstance(x, Tensor)
+    _check_device(name, x, device)
+
+
+def _check_shape(name: str, x: Tensor, *wanted: tuple[int, ...], words: str) -> None:
+    """``x`` has one of the ``wanted`` shapes, which ``words`` describes."""
+    if tuple(x.shape) not in wanted:
+        shapes = " or ".join(str(list(shape)) for shape in wanted)
+        raise ValueError(f"{name}: shape is {list(x.shape)}; it must be {words} = {shapes}")
+
+
+def _check_broadcast(name: str, x: Tensor, want: tuple[int, ...], words: str) -> None:
+    """``x`` broadcasts to ``want``, which ``words`` describes."""
+    fits = x.dim() <= len(want)
+    if not fits or any(n not in (1, w) for n, w in zip(x.shape[::-1], want[::-1], strict=False)):
+        raise ValueError(
+            f"{name}: shape is {list(x.shape)}; it must broadcast to {words} = {list(want)}"
+        )
+
+
+def _require(condition: Tensor, message: Callable[[], str], traced_message: str) -> None:
+    """Raise ValueError unless the bool tensor holds; asserted by the program when traced."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, traced_message)
+    elif not bool(condition):
+        raise ValueError(message())
+
+
+def _shortened(x: Tensor) -> str:
+    values = x.tolist()
+    return str(values) if len(values) <= 10 else f"{values[:5]} ... {values[-4:]}"
+
+
+def _is_finite_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)

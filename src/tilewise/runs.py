@@ -1,0 +1,98 @@
+"""Algebra on runs of keys: union, intersection and complement of half-open intervals per row.
+
+A ``Runs`` is a list of ``(start, stop)`` pairs of int64 tensors that broadcast to
+``[batch, heads, q_len]``; an empty run has ``start >= stop``. All operations are O(rows), traceable,
+and never look at the data.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Run = tuple[Tensor, Tensor]
+Runs = list[Run]
+
+MOST_RUNS = 2
+"""How many runs per row a lowered mask may have."""
+
+
+def intersect(a: Runs, b: Runs) -> Runs:
+    """Every run of ``a`` against every run of ``b``."""
+    return [
+        (torch.maximum(s, t), torch.minimum(e, f)) for s, e in a for t, f in b
+    ]
+
+
+def complement(runs: Runs, start: Tensor, stop: Tensor) -> Runs:
+    """The gaps that ``runs`` leave in ``[start, stop)``."""
+    ordered = normalise(runs, start, stop)
+    starts = [s for s, _ in ordered] + [stop]
+    stops = [start] + [e for _, e in ordered]
+    return list(zip(stops, starts, strict=True))
+
+
+def normalise(runs: Runs, start: Tensor, stop: Tensor) -> Runs:
+    """The same keys as disjoint, ascending, non-adjacent runs within ``[start, stop)``.
+
+    Empty runs move to the end as ``(stop, stop)``, so a row's true number of runs is the number of
+    its non-empty leading ones.
+    """
+    if not runs:
+        return []
+    shape = torch.broadcast_shapes(
+        start.shape, stop.shape, *(t.shape for run in runs for t in run)
+    )
+    starts = torch.stack([torch.maximum(s, start).expand(shape) for s, _ in runs])
+    stops = torch.stack([torch.minimum(e, stop).expand(shape) for _, e in runs])
+    stop = stop.expand(shape)
+    starts, stops = _sort(starts, stops, stop)
+    for k in range(1, len(runs)):
+        joins = (starts[k] <= stops[k - 1]) & (starts[k] < stops[k])
+        starts[k] = torch.where(joins, starts[k - 1], starts[k])
+        stops[k] = torch.where(joins, torch.maximum(stops[k], stops[k - 1]), stops[k])
+        stops[k - 1] = torch.where(joins, starts[k - 1], stops[k - 1])
+    starts, stops = _sort(starts, stops, stop)
+    return list(zip(starts.unbind(0), stops.unbind(0), strict=True))
+
+
+def _sort(starts: Tensor, stops: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    empty = starts >= stops
+    starts = torch.where(empty, end, starts)
+    stops = torch.where(empty, end, stops)
+    starts, order = torch.sort(starts, dim=0, stable=True)
+    return starts, torch.gather(stops, 0, order)
+
+
+def of_boolean_rows(visible: Tensor, most: int) -> Runs | None:
+    """The runs of True along the last dimension, or None if some row has more than ``most``.
+
+    ``visible`` is bool ``[..., kv_len]``; needs the data, so it cannot be traced.
+    """
+    kv_len = visible.shape[-1]
+    edge = torch.zeros_like(visible[..., :1])
+    left = torch.cat([edge, visible[..., :-1]], dim=-1)
+    right = torch.cat([visible[..., 1:], edge], dim=-1)
+    begins, ends = visible & ~left, visible & ~right
+    count = begins.sum(-1)
+    if count.numel() and int(count.max()) > most:
+        return None
+    runs: Runs = []
+    for k in range(most):
+        nth_begin = begins & (begins.cumsum(-1, dtype=torch.int32) == k + 1)
+        nth_end = ends & (ends.cumsum(-1, dtype=torch.int32) == k + 1)
+        has = count > k
+        start = nth_begin.to(torch.uint8).argmax(-1) if kv_len else count
+        stop = nth_end.to(torch.uint8).argmax(-1) + 1 if kv_len else count
+        runs.append((torch.where(has, start, 0), torch.where(has, stop, 0)))
+    return runs
+
+
+def is_grouped(ids: Tensor) -> bool:
+    """Whether equal ids stand side by side in every row of ``ids [rows, len]``; reads the data."""
+    if ids.shape[1] < 2:
+        return True
+    changes = (ids[:, 1:] != ids[:, :-1]).sum(1)
+    ordered = ids.sort(dim=1).values
+    distinct = (ordered[:, 1:] != ordered[:, :-1]).sum(1)
+    return bool((changes == distinct).all())

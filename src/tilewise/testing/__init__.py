@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: one case generator, a float64 oracle, derived tolerances."""
