@@ -7,6 +7,7 @@ supplies the gradients. Memory is O(q_len * kv_len * head_dim): small problems o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ class Result(NamedTuple):
     magnitudes: dict[str, float]
     """For each, the largest sum of the absolute values of the terms that it is a sum of."""
     largest_exponent: float
-    """max(|score|, |lse|): the relative error of ``exp`` is this many roundings."""
+    """max(score, |lse|), a score being the sum of its absolute terms: an exponent is off by as many
+    roundings as it is large, and ``exp`` turns that into a relative error."""
 
 
 def visibility(call: Call) -> Tensor:
@@ -82,7 +84,7 @@ def forward(call: Call, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, T
 def run(call: Call) -> Result:
     """Outputs, gradients and their magnitudes in float64."""
     x = {n: t.detach().double().requires_grad_() for n, t in call.differentiable().items()}
-    out, lse, weights, scores = forward(call, x)
+    out, lse, weights, _ = forward(call, x)
     d_out = call.d_out.double()
     d_lse = torch.where(torch.isneginf(lse), 0, call.d_lse.double())
     safe_lse = torch.where(torch.isneginf(lse), 0, lse)
@@ -93,10 +95,20 @@ def run(call: Call) -> Result:
         tensors[f"d_{name}"] = torch.zeros_like(tensor) if grad is None else grad
     with torch.no_grad():
         magnitudes = _magnitudes(call, x, out, weights, d_out, d_lse)
-        visible = visibility(call)
-        exponents = [torch.where(visible, scores, 0).abs(), safe_lse.abs()]
+        sizes = _score_sizes(call, x)
+        exponents = [sizes.masked_fill(~visibility(call), 0), safe_lse.abs()]
         largest = max((float(e.max()) for e in exponents if e.numel()), default=0.0)
     return Result(tensors, magnitudes, largest)
+
+
+def _score_sizes(call: Call, x: dict[str, Tensor]) -> Tensor:
+    """Scores with every term replaced by its absolute value, before any softcap."""
+    absolute = {name: tensor.abs() for name, tensor in x.items() if name != "sinks"}
+    if "alibi" in absolute:
+        absolute["alibi"] = -absolute["alibi"]
+    scale = call.options.get("scale")
+    options = call.options | {"softcap": None, "scale": None if scale is None else abs(scale)}
+    return forward(replace(call, options=options), absolute)[3]
 
 
 def _magnitudes(
