@@ -48,7 +48,8 @@ def test_varlen_is_attention_of_each_sequence(name, backend, tile_sizes):
     longest_q, longest_k = max(Q_LENS), max(K_LENS)
     relative = randn(heads, longest_q + longest_k - 1)
     cu_q, cu_k = (
-        torch.tensor([0, *torch.tensor(lens).cumsum(0)], dtype=torch.int32) for lens in (Q_LENS, K_LENS)
+        torch.tensor([0, *torch.tensor(lens).cumsum(0)], dtype=torch.int32)
+        for lens in (Q_LENS, K_LENS)
     )
     inputs = (q, k, v, alibi, sinks, relative)
     out, lse = tilewise.attention_varlen(
@@ -74,7 +75,7 @@ def test_varlen_is_attention_of_each_sequence(name, backend, tile_sizes):
         part = relative[:, longest_k - b : longest_k + a - 1] if a + b else relative[:, :0]
         if a + b == 0:
             continue
-        o, l = tilewise.standard_attention(
+        part_out, part_lse = tilewise.standard_attention(
             q[cu_q[s] : cu_q[s + 1]].transpose(0, 1)[None],
             k[cu_k[s] : cu_k[s + 1]].transpose(0, 1)[None],
             v[cu_k[s] : cu_k[s + 1]].transpose(0, 1)[None],
@@ -84,8 +85,8 @@ def test_varlen_is_attention_of_each_sequence(name, backend, tile_sizes):
             relative_bias=part,
             return_lse=True,
         )
-        outs.append(o[0].transpose(0, 1))
-        lses.append(l[0])
+        outs.append(part_out[0].transpose(0, 1))
+        lses.append(part_lse[0])
     want, want_lse = torch.cat(outs), torch.cat(lses, dim=1)
     close(out, want)
     close(lse, want_lse)
@@ -114,7 +115,9 @@ def test_varlen_output_is_contiguous():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("paged", [None, 1, 3, 16], ids=lambda p: f"page_{p}" if p else "contiguous")
+@pytest.mark.parametrize(
+    "paged", [None, 1, 3, 16], ids=lambda p: f"page_{p}" if p else "contiguous"
+)
 @pytest.mark.parametrize("q_len", [1, 4])
 def test_decode_is_attention_at_each_length(q_len, paged, backend, tile_sizes):
     """Garbage beyond the lengths, NaN included, is never seen."""
@@ -186,7 +189,9 @@ def test_decode_refuses_a_gradient():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 5), (2, 2, 5, 0), (1, 1, 0, 0)])
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 5), (2, 2, 5, 0), (1, 1, 0, 0)]
+)
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_zero_sizes(shape, with_sinks, backend):
     batch, heads, q_len, kv_len = shape
@@ -197,7 +202,9 @@ def test_zero_sizes(shape, with_sinks, backend):
     )
     assert out.shape == (batch, heads, q_len, 4) and lse.shape == (batch, heads, q_len)
     assert (out == 0).all()
-    want = sinks.detach().view(1, -1, 1).expand_as(lse) if with_sinks else torch.full_like(lse, -INF)
+    want = (
+        sinks.detach().view(1, -1, 1).expand_as(lse) if with_sinks else torch.full_like(lse, -INF)
+    )
     assert torch.equal(lse.detach(), want)
     (out.sum() + lse.nan_to_num(neginf=0).sum()).backward()
     assert all((x.grad == 0).all() for x in (q, k, v))

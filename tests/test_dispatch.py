@@ -56,7 +56,9 @@ def test_the_explained_plan_is_the_executed_plan(monkeypatch):
     plans = []
     original = tiled.forward
     monkeypatch.setattr(
-        tiled, "forward", lambda problem, inputs, plan: plans.append(plan) or original(problem, inputs, plan)
+        tiled,
+        "forward",
+        lambda problem, inputs, plan: plans.append(plan) or original(problem, inputs, plan),
     )
     q, k, v = (torch.randn(1, 2, 300, 8) for _ in range(3))
     said = tilewise.explain(q, k, v, mask=m.window(8, 8))
@@ -98,7 +100,9 @@ def test_skipped_tiles_are_skipped(monkeypatch, tile_sizes):
     monkeypatch.setattr(tiled, "scores", counting)
     q, k, v = (torch.randn(1, 2, 256, 8, requires_grad=True) for _ in range(3))
     out = tilewise.attention(q, k, v, mask=m.window(20, 0))
-    live = {(r, c) for r in range(16) for c in range(16) if 0 <= r - c <= 2 and (r - c) * 16 - 15 <= 20}
+    live = {
+        (r, c) for r in range(16) for c in range(16) if 0 <= r - c <= 2 and (r - c) * 16 - 15 <= 20
+    }
     assert {(r[0] // 16, c[0] // 16) for r, c in seen} == live and len(seen) == len(live)
     seen.clear()
     out.sum().backward()

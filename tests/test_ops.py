@@ -1,4 +1,4 @@
-"""The operators as PyTorch sees them: schema, fakes, tracing, and gradients by finite differences."""
+"""The operators as PyTorch sees them: schema, fakes, tracing, gradients by differences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,18 @@ def arguments(options, mask, needs_grad=True, dropout_p=0.0):
     """A full argument list of tilewise::attention on [2, 2, 9, 4]."""
     bias, alibi, relative_bias, sinks, seed = options
     scalars = (0.5, 2.0, dropout_p, 8, needs_grad, "auto")
-    return (*tensors(2, 2, 9, 4), bias, alibi, relative_bias, sinks, seed, None, None, *mask, *scalars)
+    return (
+        *tensors(2, 2, 9, 4),
+        bias,
+        alibi,
+        relative_bias,
+        sinks,
+        seed,
+        None,
+        None,
+        *mask,
+        *scalars,
+    )
 
 
 NO_OPTIONS = (None, None, None, None, None)
@@ -57,7 +68,9 @@ def test_opcheck_forward(args):
 
 
 def test_opcheck_backward():
-    args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments(NO_OPTIONS, BAND))
+    args = tuple(
+        a.detach() if isinstance(a, torch.Tensor) else a for a in arguments(NO_OPTIONS, BAND)
+    )
     out, lse = torch.ops.tilewise.attention(*args)
     needs = [True, True, True, False, False, False, False]
     grads = (torch.randn_like(out), torch.randn_like(lse), out, lse, needs)

@@ -1,14 +1,8 @@
-"""FlashAttention for any device, any mask, any derivative: exact softmax attention in O(N) memory."""
+"""FlashAttention for any device, any mask, any derivative: exact attention in O(N) memory."""
 
 from . import masks
-from .api import (
-    Explanation,
-    attention,
-    attention_varlen,
-    decode,
-    explain,
-    standard_attention,
-)
+from .api import attention, attention_varlen, decode, explain, standard_attention
+from .explanation import Explanation
 from .problem import UnsupportedError
 
 __version__ = "0.1.0"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +21,11 @@ from .checks import (
     score_options,
 )
 from .dispatch import BACKENDS, check_name, choose, reasons_against
+from .explanation import Explanation
 from .frame import Frame
 from .lowering import lower
 from .masks import Mask, from_bool
-from .problem import Inputs, Plan, Problem
+from .problem import Inputs, Problem
 from .tiles import FULL, PARTIAL, SKIP
 
 
@@ -37,48 +37,6 @@ class _Call(NamedTuple):
 
     def problem(self) -> Problem:
         return Problem.of(self.inputs, **self.scalars)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What one call gets, from ``explain``; ``str()`` of it is made to be read.
-
-    ``backend`` and ``plan`` are what runs; ``reasons`` says for each backend why it is passed over
-    (an empty list: it could run the call); ``tiles`` counts skipped, partial and full tiles.
-    """
-
-    problem: Problem
-    plan: Plan
-    asked: str
-    reasons: dict[str, list[str]]
-    tiles: dict[str, int]
-
-    @property
-    def backend(self) -> str:
-        """Name of the backend that runs."""
-        return self.plan.backend
-
-    def __str__(self) -> str:
-        p = self.problem
-        lines = [
-            f"q [{p.batch}, {p.q_heads}, {p.q_len}, {p.head_dim}], "
-            f"kv heads {p.kv_heads}, kv_len {p.kv_len}, v_dim {p.v_dim}, "
-            f"{str(p.dtype).removeprefix('torch.')} on {p.device}, mask: {p.mask}",
-            f"runs on {self.plan}",
-            "tiles: " + ", ".join(f"{count} {kind}" for kind, count in self.tiles.items()),
-        ]
-        for name, reasons in self.reasons.items():
-            if name == self.backend:
-                lines.append(f"  {name}: chosen" + (" by name" if self.asked != "auto" else ""))
-            elif reasons:
-                lines.append(f"  {name}: cannot: {'; '.join(reasons)}")
-            elif name == "reference":
-                lines.append(f"  {name}: holds the O(N^2) score matrix, so it runs only when named")
-            elif self.asked != "auto":
-                lines.append(f"  {name}: could run it, but {self.asked!r} was asked for")
-            else:
-                lines.append(f"  {name}: could run it, but comes after {self.backend}")
-        return "\n".join(lines)
 
 
 def attention(
@@ -105,7 +63,7 @@ def attention(
     ``softcap(s) = softcap * tanh(s / softcap)``.
 
     Args:
-        q: ``[batch, q_heads, q_len, head_dim]``, float64, float32, float16 or bfloat16; any strides.
+        q: ``[batch, q_heads, q_len, head_dim]``; float64, float32, float16, bfloat16; any strides.
         k: ``[batch, kv_heads, kv_len, head_dim]``; ``q_heads`` is a multiple of ``kv_heads`` and
             consecutive query heads share a kv head (GQA, MQA).
         v: ``[batch, kv_heads, kv_len, v_dim]``.
@@ -316,7 +274,7 @@ def decode(
         v_cache: the same with ``v_dim``.
         lengths: int ``[batch]``: how many keys are valid, the new ones included; what lies beyond
             is never seen, whatever it holds.
-        page_table: int32 ``[batch, max_pages]``: the page that holds each run of ``page_size`` keys.
+        page_table: int32 ``[batch, max_pages]``: which page holds each run of ``page_size`` keys.
         bias: broadcasts to ``[batch, q_heads, q_len, max_len]``.
         relative_bias: ``[q_heads, q_len + max_len - 1]``.
 
@@ -385,7 +343,7 @@ def explain(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Explanation:
-    """Which backend and plan ``attention`` gives this very call, and why each other was passed over.
+    """Which backend and plan ``attention`` gives this call, and why each other was passed over.
 
     Takes what ``attention`` takes, computes nothing and draws no random number. The answer comes
     from the function that the call itself asks.
@@ -449,7 +407,7 @@ def _call(
     qkv: tuple[Tensor, ...],
     mask: Mask | Tensor | None,
     frame: Frame,
-    options: dict[str, Tensor | None],
+    options: dict[str, Any],
     *,
     relative_zero: int,
     scale: float | None,
@@ -467,9 +425,12 @@ def _call(
             f"mask: expected a tilewise.masks mask or a bool tensor, got {type(mask).__name__}"
         )
     positioned = options["alibi"] is not None or options["relative_bias"] is not None
+    q, k, v = qkv
     inputs = Inputs(
-        *qkv,
-        mask=lower(mask, frame),
+        q,
+        k,
+        v,
+        lower(mask, frame),
         seed=_seed(seed, frame.device) if dropout_p else None,
         position=frame.key_position() if positioned else None,
         page_table=page_table,
@@ -477,7 +438,7 @@ def _call(
     )
     differentiable = (*qkv, *options.values())
     scalars = {
-        "scale": default_scale(qkv[0].shape[-1]) if scale is None else float(scale),
+        "scale": default_scale(q.shape[-1]) if scale is None else float(scale),
         "softcap": 0.0 if softcap is None else float(softcap),
         "dropout_p": float(dropout_p),
         "relative_zero": relative_zero,

@@ -98,7 +98,7 @@ def check_lengths(lengths: object, q: Tensor, max_len: int) -> None:
     _require(
         ((lengths >= 0) & (lengths <= max_len)).all(),
         lambda: (
-            f"lengths: got {lengths.tolist()}; each must be between 0 and the cache's {max_len} keys"
+            f"lengths: got {lengths.tolist()}; each must be from 0 to the cache's {max_len} keys"
         ),
         "lengths: a length is negative or beyond the cache",
     )
@@ -109,9 +109,7 @@ def check_cu_seqlens(name: str, cu_seqlens: object, x: Tensor) -> None:
     _check_integers(name, cu_seqlens, x.device)
     assert isinstance(cu_seqlens, Tensor)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            f"{name}: shape is {list(cu_seqlens.shape)}; it must be [sequences + 1]"
-        )
+        raise ValueError(f"{name}: shape is {list(cu_seqlens.shape)}; it must be [sequences + 1]")
     total = x.shape[0]
     ascending = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
     _require(

@@ -41,7 +41,6 @@ __all__ = [
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-
 class Mask:
     """A set of visible (query, key) pairs. Combine with ``&``, ``|``, ``~``."""
 
@@ -147,7 +146,9 @@ class _Limit(Mask):
     def runs(self, frame: Frame) -> Runs:
         sequence = frame.row_sequence()
         start = torch.zeros_like(sequence).unsqueeze(1)
-        stop = start + self.limit if isinstance(self.limit, int) else self._at(sequence).unsqueeze(1)
+        stop = (
+            start + self.limit if isinstance(self.limit, int) else self._at(sequence).unsqueeze(1)
+        )
         return [(start, stop)]
 
     def contains(self, at: Entries) -> Tensor:
@@ -288,7 +289,9 @@ class _FromPredicate(Mask):
         visible = self.fn(at.sequence, at.head, at.query, at.key)
         if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
             got = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
-            raise TypeError(f"mask: from_predicate's fn returned {got}; it must return a bool tensor")
+            raise TypeError(
+                f"mask: from_predicate's fn returned {got}; it must return a bool tensor"
+            )
         return visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
 
 
@@ -400,7 +403,9 @@ def documents(q_ids: Tensor, kv_ids: Tensor | None = None) -> Mask:
     for name, ids in (("q_ids", q_ids), ("kv_ids", kv_ids)):
         _integers("documents", name, ids)
         if ids.dim() not in (1, 2):
-            raise ValueError(f"documents: {name} needs [len] or [batch, len], got {list(ids.shape)}")
+            raise ValueError(
+                f"documents: {name} needs [len] or [batch, len], got {list(ids.shape)}"
+            )
     return _Documents(torch.atleast_2d(q_ids), torch.atleast_2d(kv_ids))
 
 
@@ -421,7 +426,9 @@ def from_bool(tensor: Tensor) -> Mask:
     """
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"from_bool: tensor must have dtype bool, got {got}; a float mask is a bias=")
+        raise TypeError(
+            f"from_bool: tensor must have dtype bool, got {got}; a float mask is a bias="
+        )
     if tensor.dim() > 4:
         raise ValueError(f"from_bool: tensor must have at most 4 dimensions, got {tensor.dim()}")
     return _FromBool(tensor)

@@ -71,13 +71,14 @@ def attention(
 def _unpack(call: Sequence[Any]) -> tuple[Inputs, Problem, str]:
     """The arguments of a call, in the order of its schema, as the house's own objects."""
     q, k, v, bias, alibi, relative_bias, sinks, seed, position, page_table = call[:10]
-    mask, (scale, softcap, dropout_p, relative_zero, needs_grad, backend) = call[10:15], call[15:]
+    first, second, kind, low, high = call[10:15]
+    scale, softcap, dropout_p, relative_zero, needs_grad, backend = call[15:]
     kv_len = k.shape[2] if page_table is None else page_table.shape[1] * k.shape[1]
     inputs = Inputs(
         q,
         k,
         v,
-        unflatten(*mask, q.shape[2], kv_len),
+        unflatten(first, second, kind, low, high, q.shape[2], kv_len),
         bias,
         alibi,
         relative_bias,

@@ -1,8 +1,8 @@
 """Algebra on runs of keys: union, intersection and complement of half-open intervals per row.
 
 A ``Runs`` is a list of ``(start, stop)`` pairs of int64 tensors that broadcast to
-``[batch, heads, q_len]``; an empty run has ``start >= stop``. All operations are O(rows), traceable,
-and never look at the data.
+``[batch, heads, q_len]``; an empty run has ``start >= stop``. The algebra is O(rows), traceable,
+and never looks at the data.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ MOST_RUNS = 2
 
 def intersect(a: Runs, b: Runs) -> Runs:
     """Every run of ``a`` against every run of ``b``."""
-    return [
-        (torch.maximum(s, t), torch.minimum(e, f)) for s, e in a for t, f in b
-    ]
+    return [(torch.maximum(s, t), torch.minimum(e, f)) for s, e in a for t, f in b]
 
 
 def complement(runs: Runs, start: Tensor, stop: Tensor) -> Runs:
@@ -40,9 +38,7 @@ def normalise(runs: Runs, start: Tensor, stop: Tensor) -> Runs:
     """
     if not runs:
         return []
-    shape = torch.broadcast_shapes(
-        start.shape, stop.shape, *(t.shape for run in runs for t in run)
-    )
+    shape = torch.broadcast_shapes(start.shape, stop.shape, *(t.shape for run in runs for t in run))
     starts = torch.stack([torch.maximum(s, start).expand(shape) for s, _ in runs])
     stops = torch.stack([torch.minimum(e, stop).expand(shape) for _, e in runs])
     stop = stop.expand(shape)

@@ -120,9 +120,7 @@ class BiasGradients:
         self.relative_bias[:, low:high] += shifted.sum(dim=(0, 2))
 
 
-def sink_gradient(
-    sinks: Tensor, lse: Tensor, delta: Tensor, dtype: torch.dtype
-) -> Tensor:
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
     """``[q_heads]``: the sink is a key with no value, so ``dP`` is 0 and ``dS = P * (0 - delta)``.
 
     ``delta`` is ``rowsum(dO * O) - d_lse``; a row without any weight has ``lse = -inf``.

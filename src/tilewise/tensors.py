@@ -9,8 +9,8 @@ from torch import Tensor
 def like_queries(q: Tensor, v_dim: int) -> Tensor:
     """An uninitialised ``[batch, q_heads, q_len, v_dim]`` laid out in memory as ``q`` is.
 
-    Either heads before queries, or, for a ``q`` that is a transposed ``[batch, q_len, heads, dim]``,
-    queries before heads, so that transposing the result back gives a contiguous tensor.
+    Either heads before queries or, for a ``q`` that is a transposed ``[batch, q_len, heads, dim]``,
+    queries before heads: transposing the result back then gives a contiguous tensor.
     """
     batch, heads, q_len, _ = q.shape
     if q.stride(1) < q.stride(2):
@@ -21,7 +21,7 @@ def like_queries(q: Tensor, v_dim: int) -> Tensor:
 def visible_matmul(
     a: Tensor, x: Tensor, visible: Tensor | None, *, transpose: bool = False
 ) -> Tensor:
-    """``a @ x`` (or ``a.mT @ x``) in which what is masked contributes nothing, not even ``0 * inf``.
+    """``a @ x`` (or ``a.mT @ x``) to which what is masked adds nothing, not even ``0 * inf``.
 
     ``a [b, kv_heads, group * rows, keys]`` is exactly zero wherever ``visible`` (bool,
     ``[b or 1, q_heads or 1, rows, keys]``; None for everywhere) is False. An inf or NaN in a row of

@@ -67,7 +67,7 @@ class Band:
 
 @dataclass(frozen=True, eq=False)
 class Ranges:
-    """``start``, ``stop``: int32 ``[batch or 1, heads or 1, q_len, 1 or 2]``, disjoint, ascending."""
+    """``start``, ``stop``: int32 ``[batch or 1, heads or 1, q_len, 1 or 2]``, disjoint, ordered."""
 
     q_len: int
     kv_len: int

@@ -27,7 +27,9 @@ def perturbed(factor, name):
         if name == "d_q":
             q = Scale.apply(q)
         out, lse = tilewise.attention(q, k, v, **options)
-        return (out * factor if name == "out" else out), (lse + 1 - factor if name == "lse" else lse)
+        return (out * factor if name == "out" else out), (
+            lse + 1 - factor if name == "lse" else lse
+        )
 
     return attention
 

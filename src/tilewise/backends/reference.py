@@ -110,7 +110,7 @@ def _keys_values(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
 def _scores(
     problem: Problem, inputs: Inputs, k: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """All scores with -inf where masked, what is visible, and the capped scores if there is a cap."""
+    """All scores, -inf where masked; what is visible; the capped scores if there is a cap."""
     rows, keys = _whole(problem)
     scores = _ungroup(_group(inputs.q, problem) @ k.mT, problem) * problem.scale
     capped = None

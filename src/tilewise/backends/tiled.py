@@ -253,7 +253,7 @@ def accumulate(
 
 
 def finish(state: State) -> tuple[Tensor, Tensor]:
-    """Lines 12 and 13: O / l once at the end, and lse = m + log(l); 0 and -inf if no key was seen."""
+    """Lines 12 and 13: O / l once at the end, lse = m + log(l); 0 and -inf if no key was seen."""
     out = state.out / torch.where(state.total == 0, 1, state.total)
     lse = torch.where(state.maximum == torch.inf, torch.inf, state.maximum + state.total.log())
     return out, lse.squeeze(-1)

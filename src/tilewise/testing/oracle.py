@@ -20,7 +20,7 @@ from .cases import Call
 
 
 class Result(NamedTuple):
-    """Outputs and gradients by name: ``out``, ``lse``, ``d_q``, ``d_k``, ``d_v``, ``d_bias``, ..."""
+    """Outputs and gradients by name: ``out``, ``lse``, ``d_q``, ``d_k``, ``d_v``, ``d_bias``..."""
 
     tensors: dict[str, Tensor]
     magnitudes: dict[str, float]
@@ -71,12 +71,14 @@ def forward(call: Call, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, T
     safe = torch.where(empty.unsqueeze(-1), 0, logits)
     log_sum = torch.logsumexp(safe, -1) if logits.shape[-1] else torch.zeros_like(q[..., 0])
     lse = torch.where(empty, -torch.inf, log_sum)
-    weights = torch.where(visible & ~empty.unsqueeze(-1), torch.exp(hidden - log_sum.unsqueeze(-1)), 0)
+    weights = torch.where(
+        visible & ~empty.unsqueeze(-1), torch.exp(hidden - log_sum.unsqueeze(-1)), 0
+    )
     dropped = weights
     if p := call.options.get("dropout_p", 0.0):
-        indices = (torch.arange(n) for n in q.shape[:2])
+        batch, heads = torch.arange(q.shape[0]), torch.arange(q.shape[1])
         seed = torch.tensor(call.options["seed"])
-        keep = dropout_keep(seed, *indices, (0, q.shape[2]), (0, k.shape[2]), p)
+        keep = dropout_keep(seed, batch, heads, (0, q.shape[2]), (0, k.shape[2]), p)
         dropped = weights * keep / (1 - p)
     return (dropped.unsqueeze(-1) * values).sum(3), lse, weights, scores
 

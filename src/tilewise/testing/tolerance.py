@@ -16,6 +16,9 @@ The last item matters where standard attention happens to be exact, such as a qu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +33,7 @@ def roundoff(dtype: torch.dtype) -> float:
 
 
 def tolerances(call: Call, exact: oracle.Result, tiles: int) -> dict[str, float]:
-    """The largest error allowed for each output and gradient; ``tiles`` is the count of key tiles."""
+    """The largest error allowed for each output and gradient, with ``tiles`` key tiles."""
     dtype = call.case.dtype
     compute = torch.promote_types(dtype, torch.float32)
     standard = run(call, standard_attention)
@@ -47,7 +50,7 @@ def tolerances(call: Call, exact: oracle.Result, tiles: int) -> dict[str, float]
     return allowed
 
 
-def run(call: Call, attention, **options) -> dict[str, Tensor]:
+def run(call: Call, attention: Callable[..., Any], **options: Any) -> dict[str, Tensor]:
     """Outputs and gradients of ``attention`` on a call, by the oracle's names."""
     x = {name: t.detach().requires_grad_() for name, t in call.differentiable().items()}
     rest = {name: value for name, value in call.options.items() if name not in x} | options
@@ -74,8 +77,10 @@ def largest_error(got: Tensor, want: Tensor) -> float:
     return float(difference.max()) if difference.numel() else 0.0
 
 
-def check(call: Call, attention, *, tiles: int, **options) -> dict[str, float]:
-    """Run ``attention`` on a call and assert every error is within its bound; returns the errors."""
+def check(
+    call: Call, attention: Callable[..., Any], *, tiles: int, **options: Any
+) -> dict[str, float]:
+    """Run ``attention`` and assert that every error is within its bound; returns the errors."""
     exact = oracle.run(call)
     allowed = tolerances(call, exact, tiles)
     got = run(call, attention, **options)

@@ -1,0 +1,82 @@
+# Everything runs from the virtual environment in .venv, on the package as installed from this tree.
+PYTHON ?= python3
+SUITE ?= quick
+BIN := .venv/bin
+INSTALLED := .venv/.installed-from-this-tree
+
+# Directories are listed too, so that removing a file also counts as a change.
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt README.md \
+	$(shell find src csrc -name __pycache__ -prune -o -print)
+
+# The first installation shows pip's progress, since it downloads for minutes; later ones are quiet.
+PIP_INSTALL = $(BIN)/python -m pip install $(if $(wildcard $(INSTALLED)),-q) -c constraints.txt
+
+# Two test processes with one torch thread each: the tests are many and small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help install demo test fast check lint bench wheel clean
+
+help:
+	@echo "make install   a virtual environment in .venv with tilewise and its tools"
+	@echo "make demo      compare, train and generate; results in out/"
+	@echo "make test      all tests"
+	@echo "make fast      the tests that are not marked slow"
+	@echo "make check     format, lint, types, sizes, then all tests"
+	@echo "make bench     a benchmark grid (SUITE=quick); results in out/bench"
+	@echo "make wheel     a wheel in dist/"
+	@echo "make clean     remove build products and results; keeps .venv"
+
+install: $(INSTALLED)
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# torch first and alone: it is by far the largest download, and one that is already in .venv (a CPU
+# build, for instance) is kept if its version fits.
+$(INSTALLED): $(SOURCES) | $(BIN)/python
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) ".[test,dev]"
+	@touch $@
+
+demo: install
+	@mkdir -p out
+	$(BIN)/tilewise compare --out out/compare.png
+	$(BIN)/tilewise train --out out/train --steps 200
+	$(BIN)/tilewise generate out/train
+
+test: install
+	$(PYTEST)
+
+fast: install
+	$(PYTEST) -m "not slow"
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python tools/check_sizes.py
+
+check: lint test
+
+bench: install
+	@mkdir -p out/bench
+	$(BIN)/tilewise bench --suite $(SUITE) --out out/bench
+
+# On Linux auditwheel turns the plain linux tag into the manylinux tag that the library really meets;
+# a pure wheel (no compiler) has nothing to repair.
+wheel: install
+	rm -rf dist
+	$(BIN)/python -m build --wheel --outdir dist
+	@for wheel in dist/*-linux_*.whl; do \
+		if [ -e "$$wheel" ] && [ -x $(BIN)/auditwheel ]; then \
+			PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist "$$wheel" || exit 1; \
+			rm "$$wheel"; \
+		fi; \
+	done
+	@ls dist
+
+clean:
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The native library: C++ kernels behind a plain C ABI, loaded with ctypes on first use."""
