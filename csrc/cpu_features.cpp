@@ -132,8 +132,6 @@ std::string detect() { return {}; }
 
 }  // namespace
 
-int tilewise_abi_version(void) { return TILEWISE_ABI_VERSION; }
-
 const char* tilewise_cpu_features(void) {
   static const std::string names = detect();
   return names.c_str();

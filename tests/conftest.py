@@ -11,6 +11,7 @@ import torch
 
 from tilewise import dispatch
 from tilewise.backends import tiled
+from tilewise.backends.native import library
 from tilewise.problem import Plan, Problem
 
 hypothesis.settings.register_profile("tilewise", deadline=None, derandomize=True, print_blob=True)
@@ -39,6 +40,15 @@ def tile_sizes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int],
 
     yield use
     dispatch.choose.cache_clear()
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """Use with ``@each_backend``: a backend that this machine has."""
+    name: str = request.param
+    if name == "native" and (reason := library.load_error()):
+        pytest.skip(reason)
+    return name
 
 
 @pytest.fixture

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 import tilewise
 from tilewise import masks as m
+from tilewise.backends.native import library
 from tilewise.testing.cases import Case
 from tilewise.testing.poison import poisoned
 
-BACKENDS = tilewise.dispatch.BACKENDS
+each_backend = pytest.mark.parametrize("backend", tilewise.dispatch.BACKENDS, indirect=True)
 INF, NAN = torch.inf, torch.nan
 
 
@@ -18,8 +21,14 @@ def randn(*shape, dtype=torch.float64, grad=True):
     return torch.randn(shape, dtype=dtype, requires_grad=grad)
 
 
+def exact_dtype(backend):
+    """The widest dtype that a backend takes: agreement is tested in it."""
+    return torch.float32 if backend == "native" else torch.float64
+
+
 def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+    bound = 2e-5 if a.dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(a, b.to(a.dtype), atol=bound, rtol=bound)
 
 
 Q_LENS, K_LENS = (3, 0, 17, 1, 8), (5, 4, 17, 0, 2)
@@ -37,16 +46,17 @@ VARLEN_MASKS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("name", VARLEN_MASKS)
 def test_varlen_is_attention_of_each_sequence(name, backend, tile_sizes):
+    new = partial(randn, dtype=exact_dtype(backend))
     tile_sizes(8, 4)
     mask = VARLEN_MASKS[name]
     heads, sequences = 4, len(Q_LENS)
-    q, k, v = randn(sum(Q_LENS), heads, 8), randn(sum(K_LENS), 2, 8), randn(sum(K_LENS), 2, 5)
-    alibi, sinks = torch.rand(sequences, heads).double().requires_grad_(), randn(heads)
+    q, k, v = new(sum(Q_LENS), heads, 8), new(sum(K_LENS), 2, 8), new(sum(K_LENS), 2, 5)
+    alibi, sinks = new(sequences, heads), new(heads)
     longest_q, longest_k = max(Q_LENS), max(K_LENS)
-    relative = randn(heads, longest_q + longest_k - 1)
+    relative = new(heads, longest_q + longest_k - 1)
     cu_q, cu_k = (
         torch.tensor([0, *torch.tensor(lens).cumsum(0)], dtype=torch.int32)
         for lens in (Q_LENS, K_LENS)
@@ -114,20 +124,21 @@ def test_varlen_output_is_contiguous():
     assert tilewise.attention_varlen(q, q, q, torch.tensor([0, 12])).is_contiguous()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize(
     "paged", [None, 1, 3, 16], ids=lambda p: f"page_{p}" if p else "contiguous"
 )
 @pytest.mark.parametrize("q_len", [1, 4])
 def test_decode_is_attention_at_each_length(q_len, paged, backend, tile_sizes):
     """Garbage beyond the lengths, NaN included, is never seen."""
+    new = partial(randn, dtype=exact_dtype(backend))
     tile_sizes(2, 8)
     lengths = torch.tensor([16, 0, 5, 30])
     batch, kv_heads, max_len, dim = 4, 2, 32, 8
-    q = randn(batch, 4, q_len, dim, grad=False)
-    k, v = (randn(batch, kv_heads, max_len, dim, grad=False) for _ in range(2))
-    alibi, sinks = torch.rand(4).double(), randn(4, grad=False)
-    relative, bias = randn(4, q_len + max_len - 1, grad=False), randn(4, 1, 1, max_len, grad=False)
+    q = new(batch, 4, q_len, dim, grad=False)
+    k, v = (new(batch, kv_heads, max_len, dim, grad=False) for _ in range(2))
+    alibi, sinks = new(4, grad=False), new(4, grad=False)
+    relative, bias = new(4, q_len + max_len - 1, grad=False), new(4, 1, 1, max_len, grad=False)
     for b, length in enumerate(lengths):
         k[b, :, length:], v[b, :, length:] = NAN, INF
     k_cache, v_cache, table = k, v, None
@@ -188,15 +199,16 @@ def test_decode_refuses_a_gradient():
         tilewise.decode(q, k, k, lengths=torch.tensor([3]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize(
     "shape", [(0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 5), (2, 2, 5, 0), (1, 1, 0, 0)]
 )
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_zero_sizes(shape, with_sinks, backend):
+    new = partial(randn, dtype=exact_dtype(backend))
     batch, heads, q_len, kv_len = shape
-    q, k, v = (randn(batch, heads, n, 4) for n in (q_len, kv_len, kv_len))
-    sinks = randn(heads) if with_sinks else None
+    q, k, v = (new(batch, heads, n, 4) for n in (q_len, kv_len, kv_len))
+    sinks = new(heads) if with_sinks else None
     out, lse = tilewise.attention(
         q, k, v, mask=m.causal(), sinks=sinks, return_lse=True, backend=backend
     )
@@ -212,7 +224,7 @@ def test_zero_sizes(shape, with_sinks, backend):
         close(sinks.grad, torch.full_like(sinks, float(batch * q_len)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_rows_that_see_nothing(backend, dtype, tile_sizes):
     tile_sizes(4, 4)
@@ -229,12 +241,13 @@ def test_rows_that_see_nothing(backend, dtype, tile_sizes):
     assert (grads[1][1, :, 5:] == 0).all() and (grads[2][1, :, 5:] == 0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("where", ["k", "v", "both"])
 @pytest.mark.parametrize("name", ["causal", "lengths", "bitmap"])
 def test_masked_keys_never_leak(name, where, bad, backend, tile_sizes):
     """A non-finite key is as if it were not there for every query that it is hidden from."""
+    new = partial(randn, dtype=exact_dtype(backend))
     tile_sizes(4, 4)
     spoiled, n = 6, 11
     mask = {
@@ -242,7 +255,7 @@ def test_masked_keys_never_leak(name, where, bad, backend, tile_sizes):
         "lengths": m.lengths(torch.tensor([6, 6])),
         "bitmap": m.from_predicate(lambda b, h, q, kv: (kv != spoiled) | (q == 9)),
     }[name]
-    q, k, v = (randn(2, 4, n, 8), randn(2, 2, n, 8), randn(2, 2, n, 8))
+    q, k, v = (new(2, 4, n, 8), new(2, 2, n, 8), new(2, 2, n, 8))
     dirty_k, dirty_v = k.detach().clone(), v.detach().clone()
     if where in ("k", "both"):
         dirty_k[:, :, spoiled, 3] = bad
@@ -266,7 +279,7 @@ def test_masked_keys_never_leak(name, where, bad, backend, tile_sizes):
         close(d_q[:, :, ~visible], torch.autograd.grad(want, q, g)[0][:, :, ~visible])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_visible_infinities_behave_as_in_the_textbook(bad, name, backend, tile_sizes):
@@ -284,7 +297,7 @@ def test_visible_infinities_behave_as_in_the_textbook(bad, name, backend, tile_s
     assert out[:, :, :3].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e30, 1e-30, 1e-42])
 def test_huge_tiny_and_subnormal_values(size, dtype, backend):
@@ -298,17 +311,18 @@ def test_huge_tiny_and_subnormal_values(size, dtype, backend):
         assert out.isfinite().all() and (out - want).abs().max() <= bound
 
 
-def test_a_bias_of_minus_infinity_hides_like_a_mask():
+@each_backend
+def test_a_bias_of_minus_infinity_hides_like_a_mask(backend):
     q, k, v = (randn(1, 2, 9, 4) for _ in range(3))
     bias = torch.zeros(9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), -INF)
     bias[4] = -INF
-    for backend in BACKENDS:
-        out, lse = tilewise.attention(q, k, v, bias=bias, return_lse=True, backend=backend)
-        want = tilewise.attention(q, k, v, mask=m.causal())
-        keep = [i for i in range(9) if i != 4]
-        close(out[:, :, keep], want[:, :, keep])
-        assert (out[:, :, 4] == 0).all() and (lse[:, :, 4] == -INF).all()
-        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+    q, k, v = (x.detach().to(exact_dtype(backend)).requires_grad_() for x in (q, k, v))
+    out, lse = tilewise.attention(q, k, v, bias=bias.to(q.dtype), return_lse=True, backend=backend)
+    want = tilewise.attention(q, k, v, mask=m.causal())
+    keep = [i for i in range(9) if i != 4]
+    close(out[:, :, keep], want[:, :, keep])
+    assert (out[:, :, 4] == 0).all() and (lse[:, :, 4] == -INF).all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
 def test_same_seed_same_dropped_entries_whatever_the_tiles(tile_sizes):
@@ -325,6 +339,8 @@ def test_same_seed_same_dropped_entries_whatever_the_tiles(tile_sizes):
     assert 0.35 < want.float().mean() < 0.45
     for block_q, block_kv in [(1, n), (n, 1), (7, 9), (16, 64), (128, 128)]:
         assert torch.equal(zeros("tiled", block_q, block_kv), want)
+    if not library.load_error():
+        assert torch.equal(zeros("native", 1, 1), want)
     assert not torch.equal(zeros("tiled", 16, 16, seed=6), want)
 
 
@@ -366,7 +382,8 @@ def test_more_keys_than_one_batch_entry_needs_are_not_computed(monkeypatch):
 
     monkeypatch.setattr(tiled, "scores", counting)
     q, k, v = (torch.randn(2, 1, 4096, 4) for _ in range(3))
-    said = tilewise.explain(q, k, v, mask=m.lengths(torch.tensor([4096, 1])))
-    tilewise.attention(q, k, v, mask=m.lengths(torch.tensor([4096, 1])))
+    mask = m.lengths(torch.tensor([4096, 1]))
+    said = tilewise.explain(q, k, v, mask=mask, backend="tiled")
+    tilewise.attention(q, k, v, mask=mask, backend="tiled")
     q_tiles, kv_tiles = 4096 // said.plan.block_q, 4096 // said.plan.block_kv
     assert sum(computed) == q_tiles * (kv_tiles + 1)

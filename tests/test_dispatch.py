@@ -40,6 +40,13 @@ def ran(monkeypatch):
 def test_explain_names_the_backend_that_runs(feature, backend, dtype, ran):
     call = Case(dtype=dtype, **feature.fields).make()
     q, k, v = (x.detach().requires_grad_() for x in (call.q, call.k, call.v))
+    if backend != "auto" and tilewise.explain(q, k, v, **call.options).reasons[backend]:
+        with pytest.raises(tilewise.UnsupportedError, match=backend):
+            tilewise.explain(q, k, v, backend=backend, **call.options)
+        with pytest.raises(tilewise.UnsupportedError, match=backend):
+            tilewise.attention(q, k, v, backend=backend, **call.options)
+        assert ran == []
+        return
     said = tilewise.explain(q, k, v, backend=backend, **call.options)
     assert ran == [], "explain computed something"
     out = tilewise.attention(q, k, v, backend=backend, **call.options)
@@ -61,8 +68,8 @@ def test_the_explained_plan_is_the_executed_plan(monkeypatch):
         lambda problem, inputs, plan: plans.append(plan) or original(problem, inputs, plan),
     )
     q, k, v = (torch.randn(1, 2, 300, 8) for _ in range(3))
-    said = tilewise.explain(q, k, v, mask=m.window(8, 8))
-    tilewise.attention(q, k, v, mask=m.window(8, 8))
+    said = tilewise.explain(q, k, v, mask=m.window(8, 8), backend="tiled")
+    tilewise.attention(q, k, v, mask=m.window(8, 8), backend="tiled")
     assert plans == [said.plan]
 
 
@@ -75,14 +82,16 @@ def test_explain_draws_no_random_number():
 
 def test_explain_reads_well():
     q, k, v = (torch.randn(1, 2, 4096, 8) for _ in range(3))
-    said = tilewise.explain(q, k, v, mask=m.causal())
+    said = tilewise.explain(q, k, v, mask=m.causal(), backend="tiled")
     text = str(said)
-    assert "runs on tiled, tiles of" in text and "tiled: chosen" in text
+    assert "runs on tiled, tiles of" in text and "tiled: chosen by name" in text
     assert "reference: holds the O(N^2) score matrix, so it runs only when named" in text
     skipped, partial, full = said.tiles.values()
     side = 4096 // said.plan.block_q
     assert partial == side and skipped == full == side * (side - 1) // 2
-    assert "chosen by name" in str(tilewise.explain(q, k, v, backend="tiled"))
+    double = tilewise.explain(q.double(), k.double(), v.double())
+    assert "native: cannot: dtype is torch.float64" in str(double)
+    assert "tiled: chosen\n" in str(double)
 
 
 def test_skipped_tiles_are_skipped(monkeypatch, tile_sizes):
@@ -99,7 +108,7 @@ def test_skipped_tiles_are_skipped(monkeypatch, tile_sizes):
 
     monkeypatch.setattr(tiled, "scores", counting)
     q, k, v = (torch.randn(1, 2, 256, 8, requires_grad=True) for _ in range(3))
-    out = tilewise.attention(q, k, v, mask=m.window(20, 0))
+    out = tilewise.attention(q, k, v, mask=m.window(20, 0), backend="tiled")
     live = {
         (r, c) for r in range(16) for c in range(16) if 0 <= r - c <= 2 and (r - c) * 16 - 15 <= 20
     }
@@ -114,9 +123,9 @@ def test_unsupported_names_every_reason(monkeypatch):
 
     monkeypatch.setattr(tiled, "unsupported_reasons", lambda problem: ["too blue", "too old"])
     dispatch.choose.cache_clear()
-    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in range(3))
     for backend in ("tiled", "auto"):
-        with pytest.raises(tilewise.UnsupportedError, match="tiled: too blue; tiled: too old"):
+        with pytest.raises(tilewise.UnsupportedError, match=r"tiled: too blue; tiled: too old"):
             tilewise.attention(q, k, v, backend=backend)
     dispatch.choose.cache_clear()
 

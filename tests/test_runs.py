@@ -60,7 +60,7 @@ def bounds(start=0, stop=LENGTH):
 
 
 @given(batches(4), st.integers(0, 3), st.integers(3, LENGTH))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_normalise_keeps_the_keys_and_orders_the_runs(rows, start, stop):
     found = rows_of(runs.normalise(tensors(rows), *bounds(start, stop)), len(rows))
     for before, after in zip(rows, found, strict=True):
@@ -73,7 +73,7 @@ def test_normalise_keeps_the_keys_and_orders_the_runs(rows, start, stop):
 
 
 @given(batches(3), st.lists(st.integers(0, LENGTH), min_size=4, max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_normalise_within_a_limit_per_row(rows, stops):
     stop = torch.tensor(stops[: len(rows)]).view(1, 1, -1)
     found = rows_of(runs.normalise(tensors(rows), torch.zeros_like(stop), stop), len(rows))
@@ -82,7 +82,7 @@ def test_normalise_within_a_limit_per_row(rows, stops):
 
 
 @given(pairs())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_intersection(pair):
     a, b = pair
     found = rows_of(runs.intersect(tensors(a), tensors(b)), len(a))
@@ -90,7 +90,7 @@ def test_intersection(pair):
 
 
 @given(pairs())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_union_is_concatenation(pair):
     a, b = pair
     found = rows_of(runs.normalise(tensors(a) + tensors(b), *bounds()), len(a))
@@ -100,7 +100,7 @@ def test_union_is_concatenation(pair):
 
 
 @given(batches(3), st.integers(0, 3), st.integers(3, LENGTH))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_complement(rows, start, stop):
     found = rows_of(runs.complement(tensors(rows), *bounds(start, stop)), len(rows))
     whole = set(range(start, stop))
@@ -108,7 +108,7 @@ def test_complement(rows, start, stop):
 
 
 @given(batches(2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_complement_twice_and_de_morgan(rows):
     once = runs.complement(tensors(rows), *bounds())
     twice = rows_of(runs.complement(once, *bounds()), len(rows))
@@ -153,7 +153,7 @@ def test_inputs_are_left_alone():
     st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=4),
     st.integers(1, 3),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_runs_of_boolean_rows(rows, most):
     visible = torch.tensor(rows).view(1, len(rows), 9)
     found = runs.of_boolean_rows(visible, most)
@@ -180,7 +180,7 @@ def test_runs_of_small_booleans(shape):
 
 
 @given(st.lists(st.lists(st.integers(-1, 2), min_size=6, max_size=6), min_size=1, max_size=3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_is_grouped(rows):
     def grouped(row):
         changes = sum(a != b for a, b in pairwise(row))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .problem import Inputs, Plan, Problem, UnsupportedError
 
-AUTO = ("tiled",)
+AUTO = ("native", "tiled")
 """The order in which ``backend="auto"`` asks."""
 
 BACKENDS = (*AUTO, "reference")

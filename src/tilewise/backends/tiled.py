@@ -72,7 +72,9 @@ def forward(problem: Problem, inputs: Inputs, plan: Plan) -> tuple[Tensor, Tenso
             weights, rescale = online_softmax_update(state, tile)
             weights = drop(problem, inputs, weights, batch, rows, keys)
             accumulate(problem, state, weights, rescale, v, visible)
-        out[batch, :, rows[0] : rows[1]], lse[batch, :, rows[0] : rows[1]] = finish(state)
+        block, block_lse = finish(state)
+        out[batch, :, rows[0] : rows[1]] = block.to(out.dtype)
+        lse[batch, :, rows[0] : rows[1]] = block_lse
     return out, lse
 
 

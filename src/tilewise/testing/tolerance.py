@@ -7,9 +7,9 @@ A backend's error against float64, in the largest norm, may be at most the sum o
 * one rounding of the result to its dtype, ``u * max|result|``, ``u`` being the unit roundoff;
 * for gradients, one rounding of ``out``: the backward starts from the ``out`` that was returned;
 * what tiling adds in the compute dtype: for each key tile a rescale and an addition, and for each
-  weight recomputed as ``exp(score - lse)`` as many roundings as the exponent is large. These are
-  relative to the sum of the absolute values of the terms (``oracle.Result.magnitudes``), because
-  the terms of a gradient cancel.
+  weight recomputed as ``exp(score - lse)`` as many roundings as the exponent is large, once per
+  term that the score is added up from. These are relative to the sum of the absolute values of
+  the terms (``oracle.Result.magnitudes``), because the terms of a gradient cancel.
 
 The last item matters where standard attention happens to be exact, such as a query with one key.
 """
@@ -26,6 +26,8 @@ from .. import standard_attention
 from . import oracle
 from .cases import Call
 
+SCORE_TERMS = ("softcap", "bias", "alibi", "relative_bias")
+
 
 def roundoff(dtype: torch.dtype) -> float:
     """Half the distance from 1 to the next number."""
@@ -37,7 +39,8 @@ def tolerances(call: Call, exact: oracle.Result, tiles: int) -> dict[str, float]
     dtype = call.case.dtype
     compute = torch.promote_types(dtype, torch.float32)
     standard = run(call, standard_attention)
-    roundings = 2 * tiles + exact.largest_exponent + 1
+    terms = 1 + sum(call.options.get(name) is not None for name in SCORE_TERMS)
+    roundings = 2 * tiles + terms * exact.largest_exponent + 1
     allowed = {}
     for name, want in exact.tensors.items():
         factor = 2 if name.startswith("d_") else 1

@@ -1,1 +1,127 @@
-"""The native library: C++ kernels behind a plain C ABI, loaded with ctypes on first use."""
+"""The native CPU backend: C++ kernels behind a C ABI, called through ctypes.
+
+The library is loaded when a call first asks for it. What a kernel computes is in ``csrc``; here are
+what it does not take, how a call is laid out for it (``call.py``), and which library, instruction
+set and threads it uses (``library.py``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...problem import Inputs, Plan, Problem
+from ...scores import sink_gradient
+from ...tensors import like_queries
+from . import library
+from .call import Call, fill, tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TILE_KEYS = 128
+"""Keys of a tile, ``kKeys`` in csrc/generic/strip.h."""
+
+MOST_PARTS, ENOUGH_TASKS = 8, 16
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """What the kernels do not take goes to ``tiled``."""
+    reasons = []
+    if problem.device != "cpu":
+        reasons.append(f"device is {problem.device}; it runs on cpu")
+    elif (error := library.load_error()) is not None:
+        reasons.append(error)
+    if problem.dtype not in DTYPES:
+        reasons.append(f"dtype is {problem.dtype}; it takes float32, float16 and bfloat16")
+    if max(problem.q_len, problem.kv_len) >= 2**30:
+        reasons.append(f"lengths {problem.q_len} and {problem.kv_len}; it takes less than 2**30")
+    if problem.needs_grad and problem.page_size is not None:
+        reasons.append("a paged cache has no gradient")
+    return reasons
+
+
+def plan(problem: Problem) -> Plan:
+    """Tiles are fixed in the kernels: a strip of queries by ``TILE_KEYS`` keys."""
+    return Plan("native", library.strip_rows(), TILE_KEYS)
+
+
+def forward(problem: Problem, inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
+    """FlashAttention-2's Algorithm 1; see csrc/generic/forward.h."""
+    out = like_queries(inputs.q, problem.v_dim)
+    lse = torch.empty(out.shape[:3], dtype=torch.float32)
+    call = Call()
+    alive = fill(call, problem, inputs, out, lse)
+    library.run("forward", call)
+    del alive
+    return out, lse
+
+
+def backward(
+    problem: Problem,
+    inputs: Inputs,
+    plan: Plan,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor,
+    needs: dict[str, bool],
+) -> dict[str, Tensor]:
+    """FlashAttention-2's Algorithm 2; see csrc/generic/backward.h."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    delta = (d_out.float() * out.float()).sum(-1) - d_lse
+    found = {"q": torch.empty_like(q), "k": torch.empty_like(k), "v": torch.empty_like(v)}
+    call = Call()
+    alive = fill(call, problem, inputs, out, lse)
+    call.d_out, call.delta = tensor(d_out), delta.data_ptr()
+    call.d_q, call.d_k, call.d_v = (tensor(found[name]) for name in "qkv")
+    shared = inputs.bias is not None and needs["bias"] and _is_shared(problem, inputs.bias)
+    call.chunks = chunks = parts(problem, shared)
+    if chunks > 1:
+        rows = (chunks, problem.batch, problem.q_heads, problem.q_len)
+        d_q_parts = torch.empty(*rows, problem.head_dim)
+        call.d_q_parts = d_q_parts.data_ptr()
+    heads = (problem.batch, problem.q_heads, chunks)
+    if inputs.alibi is not None and needs["alibi"]:
+        d_alibi = torch.zeros(*heads, problem.q_len)
+        call.d_alibi = d_alibi.data_ptr()
+    if inputs.relative_bias is not None and needs["relative_bias"]:
+        d_relative = torch.zeros(*heads, inputs.relative_bias.shape[1])
+        call.d_relative_bias = d_relative.data_ptr()
+    if inputs.bias is not None and needs["bias"]:
+        # A bias without a key dimension is added to by every part: each gets its own.
+        keyless = inputs.bias.shape[3] == 1 and problem.kv_len > 1
+        d_bias = torch.zeros(chunks if keyless else 1, *inputs.bias.shape)
+        strides = d_bias[0].expand(problem.batch, problem.q_heads, problem.q_len, problem.kv_len)
+        call.d_bias, call.d_bias_shared = d_bias.data_ptr(), shared
+        call.d_bias_stride[:] = (*strides.stride(), d_bias.stride(0) if keyless else 0)
+    library.run("backward", call)
+    del alive
+    if call.d_bias:
+        found["bias"] = d_bias.sum(0)
+    if call.d_alibi:
+        assert inputs.alibi is not None
+        found["alibi"] = d_alibi.sum(2).sum_to_size(inputs.alibi.shape)
+    if call.d_relative_bias:
+        found["relative_bias"] = d_relative.sum((0, 2))
+    if inputs.sinks is not None and needs["sinks"]:
+        found["sinks"] = sink_gradient(inputs.sinks, lse, delta, torch.float32)
+    return {
+        name: grad.to(getattr(inputs, name).dtype) for name, grad in found.items() if needs[name]
+    }
+
+
+def parts(problem: Problem, shared_bias: bool = False) -> int:
+    """Into how many parts the backward cuts the keys.
+
+    Each part of each head is a task (with a bias gradient shared between heads, each part alone) and
+    writes its own dQ, which costs memory. A function of the problem alone, so that the result does
+    not depend on the number of threads.
+    """
+    tiles = -(-problem.kv_len // TILE_KEYS)
+    heads = 1 if shared_bias else problem.batch * problem.kv_heads
+    return max(1, min(-(-ENOUGH_TASKS // heads), tiles, MOST_PARTS))
+
+
+def _is_shared(problem: Problem, bias: Tensor) -> bool:
+    """Whether several batch entries or heads add to the same entries of the bias gradient."""
+    wide = (problem.batch, problem.q_heads)
+    return any(n == 1 and w > 1 for n, w in zip(bias.shape[:2], wide, strict=True))

@@ -2,6 +2,12 @@
 
 ``TILEWISE_LIBRARY`` may name another build of the library, for example one that CMake left in a
 source tree; it is then used instead of the installed one, never as a second guess.
+``TILEWISE_FORCE_ISA`` names the kernel family to use instead of the best one: ``baseline``,
+``avx2`` or ``avx512``; a name that is unknown or that this processor cannot run is an error.
+
+The library has no threads of its own: it is given PyTorch's ``torch_parallel_for`` (PyTorch 2.10
+and later), so that ``torch.set_num_threads`` governs it and there is one pool. With an older
+PyTorch it runs on the calling thread, which ``threading`` reports.
 """
 
 from __future__ import annotations
@@ -12,7 +18,11 @@ import os
 import sys
 from pathlib import Path
 
-ABI_VERSION = 1
+import torch
+
+from .call import Call
+
+ABI_VERSION = 2
 """The version of ``csrc/api.h`` that this module speaks."""
 
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -65,6 +75,61 @@ def cpu_features() -> tuple[str, ...]:
     return tuple(names.decode("ascii").split())
 
 
+def isas() -> tuple[str, ...]:
+    """Kernel families that this processor can run, best first."""
+    names: bytes = load().tilewise_isas()
+    return tuple(names.decode("ascii").split())
+
+
+def isa() -> str:
+    """The kernel family in use: ``TILEWISE_FORCE_ISA`` if set, else the best.
+
+    Raises ValueError if the variable names a family that is unknown or cannot run here.
+    """
+    forced = os.environ.get("TILEWISE_FORCE_ISA")
+    if not forced:
+        return isas()[0]
+    if forced not in isas():
+        raise ValueError(
+            f"TILEWISE_FORCE_ISA: got {forced!r}; this processor can run {', '.join(isas())}"
+        )
+    return forced
+
+
+def strip_rows() -> int:
+    """Queries of a strip, ``kRows`` in csrc/generic/strip.h: vectors times lanes."""
+    return {"avx512": 3 * 16, "avx2": 4 * 8, "baseline": 4 * 4}[isa()]
+
+
+def threading() -> str:
+    """Which threads the kernels run on."""
+    return "PyTorch's pool" if _torch_parallel_for() else "the calling thread only"
+
+
+def run(direction: str, call: Call) -> None:
+    """Run ``tilewise_forward`` or ``tilewise_backward``; ctypes releases the GIL meanwhile.
+
+    Raises LibraryError with the library's message if it refuses the call.
+    """
+    library = load()
+    function = getattr(library, f"tilewise_{direction}")
+    if function(ctypes.byref(call), isa().encode("ascii")) != 0:
+        raise LibraryError(f"native {direction}: {library.tilewise_error().decode('ascii')}")
+
+
+@functools.cache
+def _torch_parallel_for() -> int | None:
+    """Address of PyTorch's stable C entry to its thread pool, or None before PyTorch 2.10."""
+    name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(
+        sys.platform, "libtorch_cpu.so"
+    )
+    try:  # torch has loaded it: this only finds it again
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+        return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
 @functools.cache
 def _open(file: Path) -> ctypes.CDLL:
     try:
@@ -79,6 +144,15 @@ def _open(file: Path) -> ctypes.CDLL:
         raise LibraryError(
             f"{file} has ABI version {found}, this tilewise needs {ABI_VERSION}: reinstall tilewise"
         )
-    library.tilewise_cpu_features.argtypes = []
-    library.tilewise_cpu_features.restype = ctypes.c_char_p
+    for name in ("tilewise_cpu_features", "tilewise_isas", "tilewise_error"):
+        getattr(library, name).argtypes = []
+        getattr(library, name).restype = ctypes.c_char_p
+    for name in ("tilewise_forward", "tilewise_backward"):
+        getattr(library, name).argtypes = [ctypes.POINTER(Call), ctypes.c_char_p]
+        getattr(library, name).restype = ctypes.c_int
+    library.tilewise_call_size.restype = ctypes.c_int64
+    if library.tilewise_call_size() != ctypes.sizeof(Call):
+        raise LibraryError(f"{file} lays out a call in another way: reinstall tilewise")
+    library.tilewise_set_parallel_for.argtypes = [ctypes.c_void_p]
+    library.tilewise_set_parallel_for(_torch_parallel_for())
     return library

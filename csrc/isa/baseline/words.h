@@ -1,0 +1,21 @@
+// Vocabulary for any processor: 16-byte vectors, which every compiler maps to SSE2, NEON or plain code.
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int kBytes = 16;
+constexpr int kAccumulators = 8;   // vectors that stay in registers during a tile product
+constexpr int kPanelVectors = 2;   // vectors side by side in a tile product
+constexpr int kStripVectors = 4;   // queries of a strip, in vectors
+const char* const kIsa = "baseline";
+
+}  // namespace
+
+#include "../../generic/vector.h"
+
+namespace {
+
+Vec load_half(const std::uint16_t* p) { return load_half_portable(p); }
+
+}  // namespace
