@@ -92,6 +92,9 @@ TILEWISE_EXPORT int tilewise_forward(const tilewise_call* call, const char* isa)
 TILEWISE_EXPORT int tilewise_backward(const tilewise_call* call, const char* isa);
 TILEWISE_EXPORT const char* tilewise_error(void);
 
+/* The family whose kernels this thread ran last, as those kernels name themselves; "" before any. */
+TILEWISE_EXPORT const char* tilewise_last_isa(void);
+
 /* sizeof(tilewise_call), so that the caller can check its own idea of the layout. */
 TILEWISE_EXPORT int64_t tilewise_call_size(void);
 

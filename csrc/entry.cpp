@@ -11,6 +11,7 @@
 namespace {
 
 thread_local const char* last_error = "";
+thread_local const char* last_isa = "";
 std::atomic<tilewise_parallel_for> pool{nullptr};
 
 bool has(const char* names, const char* wanted) {
@@ -78,6 +79,7 @@ int run(const tilewise_call* call, const char* isa, bool backward) {
     if (std::strcmp(kernels->isa, isa) != 0) continue;
     if (!runs_here(*kernels)) return fail("this processor cannot run the kernels asked for");
     const auto run_kernels = backward ? kernels->backward : kernels->forward;
+    last_isa = kernels->isa;
     return run_kernels(*call, pool.load()) ? 0 : fail("out of memory");
   }
   return fail("no kernels of that name were compiled in");
@@ -92,6 +94,8 @@ int tilewise_abi_version(void) { return TILEWISE_ABI_VERSION; }
 int64_t tilewise_call_size(void) { return sizeof(tilewise_call); }
 
 const char* tilewise_error(void) { return last_error; }
+
+const char* tilewise_last_isa(void) { return last_isa; }
 
 void tilewise_set_parallel_for(tilewise_parallel_for parallel_for) { pool = parallel_for; }
 

@@ -7,6 +7,7 @@ with the package.
 
 from __future__ import annotations
 
+import sys
 from itertools import product
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tilewise
 from tilewise import masks as m
 from tilewise.frame import Frame
 from tilewise.lowering import lower
@@ -286,6 +288,31 @@ def test_causal_in_figures():
     assert start.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
     more_queries = of_plain(m.causal(), 1, 4, 2)[0, 0].astype(int)
     assert more_queries.tolist() == [[0, 0], [0, 0], [1, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("huge", [2**31, 2**40, sys.maxsize, 10**30])
+def test_huge_numbers_are_unbounded(huge):
+    """``sys.maxsize`` is a common word for "no limit"; adding to it must not wrap around."""
+    same = {
+        m.window(0, huge): ("window", 0, None, "end"),
+        m.window(huge, 1): ("window", None, 1, "end"),
+        m.window(huge, huge): ("window", None, None, "end"),
+        m.window(0, huge) | m.prefix(1): ("or", ("window", 0, None, "end"), ("prefix", 1)),
+        m.window(0, huge) & m.dilated(2): ("and", ("window", 0, None, "end"), ("dilated", 2)),
+        m.prefix(huge): ("prefix", 9),
+        m.chunks(huge): ("chunks", 9),
+        m.dilated(huge): ("window", 0, 0, "end"),
+    }
+    packed = Frame.packed(HEADS, 5, 9, cumulative([2, 3]), cumulative([4, 5]))
+    for mask, expression in same.items():
+        expected = expect_plain(expression, 1, 6, 9)
+        np.testing.assert_array_equal(of_plain(mask, 1, 6, 9), expected, err_msg=repr(mask))
+        np.testing.assert_array_equal(of_dense(mask, 1, 6, 9), expected, err_msg=repr(mask))
+        expected = expect_packed(expression, [2, 3], [4, 5])
+        np.testing.assert_array_equal(of_frame(mask, packed), expected, err_msg=repr(mask))
+    q = torch.zeros(1, 2, 6, 8)
+    for mask in same:
+        assert tilewise.attention(q, q, q, mask=mask).shape == q.shape
 
 
 def test_chunks_at_negative_positions():

@@ -13,6 +13,7 @@ from .checks import (
     check_cu_seqlens,
     check_dense,
     check_lengths,
+    check_mask_tensor,
     check_packed,
     check_pages,
     check_scalars,
@@ -417,8 +418,9 @@ def _call(
     page_table: Tensor | None = None,
 ) -> _Call:
     """What the three kinds of call share once their geometry is a Frame."""
-    check_scalars(scale, softcap, dropout_p, seed)
+    check_scalars(scale, softcap, dropout_p, seed, frame.device)
     if isinstance(mask, Tensor):
+        check_mask_tensor(mask)
         mask = from_bool(mask)
     elif mask is not None and not isinstance(mask, Mask):
         raise TypeError(

@@ -8,6 +8,7 @@ asserted by the compiled program instead.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 
 import torch
@@ -220,7 +221,11 @@ def _check_heads(q_heads: int, kv_heads: int, q_dim: int, k_dim: int, k_name: st
 
 
 def check_scalars(
-    scale: float | None, softcap: float | None, dropout_p: float, seed: object
+    scale: float | None,
+    softcap: float | None,
+    dropout_p: float,
+    seed: object,
+    device: torch.device,
 ) -> None:
     """Finite scale, positive softcap, dropout probability in [0, 1), an integer seed."""
     if scale is not None and not _is_finite_number(scale):
@@ -234,10 +239,20 @@ def check_scalars(
             raise ValueError(
                 f"seed: a tensor seed must be one int64, got {seed.dtype} {list(seed.shape)}"
             )
+        if seed.is_meta and device.type != "meta":
+            raise ValueError(f"seed: device is meta but q's is {device}; it must hold a value")
     elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise TypeError(f"seed: must be an int, an int64 tensor or None, got {seed!r}")
     elif isinstance(seed, int) and not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: must fit in 64 bits, got {seed}")
+
+
+def check_mask_tensor(mask: Tensor) -> None:
+    """A mask that came as a tensor: bool, at most 4 dimensions."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: a tensor must have dtype bool, got {mask.dtype}; scores go to bias")
+    if mask.dim() > 4:
+        raise ValueError(f"mask: a tensor must have at most 4 dimensions, got {mask.dim()}")
 
 
 def default_scale(head_dim: int) -> float:
@@ -281,4 +296,6 @@ def _shortened(x: Tensor) -> str:
 
 
 def _is_finite_number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        return False
+    return abs(x) <= sys.float_info.max  # an int beyond it would overflow in math.isfinite

@@ -60,18 +60,28 @@ class Frame:
     kv_lens: int | Tensor = 0
     base: int | Tensor = 0
     sequence: Tensor | None = None
+    sequences: int = 0
 
     @staticmethod
     def plain(batch: int, heads: int, q_len: int, kv_len: int, device: torch.device) -> Frame:
         """One sequence per batch entry, every one ``q_len`` by ``kv_len``."""
-        return Frame(batch, heads, q_len, kv_len, device, q_lens=q_len, kv_lens=kv_len)
+        return Frame(
+            batch, heads, q_len, kv_len, device, q_lens=q_len, kv_lens=kv_len, sequences=batch
+        )
 
     @staticmethod
     def cached(heads: int, q_len: int, max_len: int, lengths: Tensor) -> Frame:
         """``lengths [batch]`` keys are valid in each cache of ``max_len``; queries come last."""
         rows = lengths.to(torch.int64).view(-1, 1)
         return Frame(
-            rows.shape[0], heads, q_len, max_len, lengths.device, q_lens=q_len, kv_lens=rows
+            rows.shape[0],
+            heads,
+            q_len,
+            max_len,
+            lengths.device,
+            q_lens=q_len,
+            kv_lens=rows,
+            sequences=rows.shape[0],
         )
 
     @staticmethod
@@ -94,6 +104,7 @@ class Frame:
             kv_lens=(cu_k[sequence + 1] - start_k).unsqueeze(0),
             base=start_k.unsqueeze(0),
             sequence=sequence.unsqueeze(0),
+            sequences=cu_seqlens_q.shape[0] - 1,
         )
 
     @property

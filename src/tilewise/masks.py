@@ -40,6 +40,9 @@ __all__ = [
 
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
+_ENDLESS = 2**40
+"""Longer than any sequence, and short enough that sums with positions stay within int64."""
+
 
 class Mask:
     """A set of visible (query, key) pairs. Combine with ``&``, ``|``, ``~``."""
@@ -132,24 +135,23 @@ class _Limit(Mask):
         return f"{self.name}({shown})"
 
     def check(self, frame: Frame) -> None:
-        if isinstance(self.limit, int) or frame.is_packed:
+        if isinstance(self.limit, int):
             return
-        if self.limit.shape[0] != frame.batch:
+        if self.limit.shape[0] != frame.sequences:
             raise ValueError(
-                f"mask: {self.name} was given {self.limit.shape[0]} lengths but the batch is "
-                f"{frame.batch}; it needs one per batch entry"
+                f"mask: {self.name} was given {self.limit.shape[0]} lengths but the call has "
+                f"{frame.sequences} sequences; it needs one for each"
             )
 
     def tensors(self) -> tuple[Tensor, ...]:
         return () if isinstance(self.limit, int) else (self.limit,)
 
     def runs(self, frame: Frame) -> Runs:
-        sequence = frame.row_sequence()
-        start = torch.zeros_like(sequence).unsqueeze(1)
-        stop = (
-            start + self.limit if isinstance(self.limit, int) else self._at(sequence).unsqueeze(1)
-        )
-        return [(start, stop)]
+        if isinstance(self.limit, int):
+            start = torch.zeros((1, 1, 1), dtype=torch.int64, device=frame.device)
+            return [(start, start + self.limit)]
+        stop = self._at(frame.row_sequence()).unsqueeze(1)
+        return [(torch.zeros_like(stop), stop)]
 
     def contains(self, at: Entries) -> Tensor:
         limit = self.limit if isinstance(self.limit, int) else self._at(at.sequence)
@@ -192,8 +194,7 @@ class _Dilated(Mask):
 class _Documents(Mask):
     def __init__(self, q_ids: Tensor, kv_ids: Tensor) -> None:
         self.q_ids, self.kv_ids = q_ids, kv_ids
-        # Looking at the ids is impossible while tracing; a bitmap is right for any ids.
-        self.grouped = not torch.compiler.is_compiling() and run_algebra.is_grouped(kv_ids)
+        self.traced_grouped = not torch.compiler.is_compiling() and run_algebra.is_grouped(kv_ids)
 
     def __repr__(self) -> str:
         return f"documents(<{tuple(self.q_ids.shape)}>, <{tuple(self.kv_ids.shape)}>)"
@@ -214,7 +215,9 @@ class _Documents(Mask):
         return (self.q_ids, self.kv_ids)
 
     def runs(self, frame: Frame) -> Runs | None:
-        if not self.grouped:
+        # The ids may have changed since; only while tracing can they not be read again.
+        traced = torch.compiler.is_compiling()
+        if not (self.traced_grouped if traced else run_algebra.is_grouped(self.kv_ids)):
             return None
         rows = max(self.q_ids.shape[0], self.kv_ids.shape[0])
         q_ids = self.q_ids.to(frame.device).expand(rows, -1).contiguous()
@@ -292,6 +295,15 @@ class _FromPredicate(Mask):
             raise TypeError(
                 f"mask: from_predicate's fn returned {got}; it must return a bool tensor"
             )
+        want = torch.broadcast_shapes(*(x.shape for x in (at.sequence, at.head, at.query, at.key)))
+        fits = visible.dim() <= 4 and all(
+            n in (1, w) for n, w in zip(visible.shape[::-1], want[::-1], strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                f"mask: from_predicate's fn returned shape {list(visible.shape)}; it must "
+                f"broadcast to {list(want)} like its arguments"
+            )
         return visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
 
 
@@ -366,7 +378,8 @@ class _Not(Mask):
 
 def causal(align: Align = "end") -> Mask:
     """Each query sees the keys at or before its own position."""
-    return window(None, 0, align)
+    _check_align("causal", align)
+    return _Window(None, 0, align)
 
 
 def window(left: int | None, right: int | None, align: Align = "end") -> Mask:
@@ -376,8 +389,8 @@ def window(left: int | None, right: int | None, align: Align = "end") -> Mask:
             raise TypeError(f"window: {name} must be an int or None, got {side!r}")
         if side is not None and side < 0:
             raise ValueError(f"window: {name} must be >= 0 or None (unbounded), got {side}")
-    if align not in ("end", "start"):
-        raise ValueError(f"window: align must be 'end' or 'start', got {align!r}")
+    _check_align("window", align)
+    left, right = (side if side is None or side < _ENDLESS else None for side in (left, right))
     return _Window(left, right, align)
 
 
@@ -451,6 +464,11 @@ def _mask(value: object) -> Mask:
     return value
 
 
+def _check_align(where: str, align: object) -> None:
+    if align not in ("end", "start"):
+        raise ValueError(f"{where}: align must be 'end' or 'start', got {align!r}")
+
+
 def _integers(where: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be an int tensor, got {type(value).__name__}")
@@ -468,7 +486,7 @@ def _limit(where: str, name: str, value: int | Tensor) -> int | Tensor:
         raise TypeError(f"{where}: {name} must be an int or an int tensor [batch], got {value!r}")
     if value < 0:
         raise ValueError(f"{where}: {name} must be >= 0, got {value}")
-    return value
+    return min(value, _ENDLESS)
 
 
 def _positive(where: str, name: str, value: int) -> int:
@@ -476,4 +494,4 @@ def _positive(where: str, name: str, value: int) -> int:
         raise TypeError(f"{where}: {name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{where}: {name} must be >= 1, got {value}")
-    return value
+    return min(value, _ENDLESS)

@@ -90,9 +90,9 @@ def backward(
         # A bias without a key dimension is added to by every part: each gets its own.
         keyless = inputs.bias.shape[3] == 1 and problem.kv_len > 1
         d_bias = torch.zeros(chunks if keyless else 1, *inputs.bias.shape)
-        strides = d_bias[0].expand(problem.batch, problem.q_heads, problem.q_len, problem.kv_len)
+        wide = d_bias[0].expand(problem.batch, problem.q_heads, problem.q_len, problem.kv_len)
         call.d_bias, call.d_bias_shared = d_bias.data_ptr(), shared
-        call.d_bias_stride[:] = (*strides.stride(), d_bias.stride(0) if keyless else 0)
+        call.d_bias_stride[:] = (*wide.stride(), d_bias.stride(0) if keyless else 0)
     library.run("backward", call)
     del alive
     if call.d_bias:
@@ -112,7 +112,7 @@ def backward(
 def parts(problem: Problem, shared_bias: bool = False) -> int:
     """Into how many parts the backward cuts the keys.
 
-    Each part of each head is a task (with a bias gradient shared between heads, each part alone) and
+    Each part of each head is a task (with a bias gradient shared by heads, each part alone) and
     writes its own dQ, which costs memory. A function of the problem alone, so that the result does
     not depend on the number of threads.
     """

@@ -104,9 +104,9 @@ def fill(call: Call, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor)
     if inputs.position is not None:
         position = kept(inputs.position.contiguous())
         call.position, call.position_stride = position.data_ptr(), _batch_stride(position)
-    if (table := inputs.page_table) is not None:
-        table = kept(table.to(torch.int32).contiguous())
-        call.page_table, call.page_table_stride = table.data_ptr(), table.stride(0)
+    if inputs.page_table is not None:
+        pages = kept(inputs.page_table.to(torch.int32).contiguous())
+        call.page_table, call.page_table_stride = pages.data_ptr(), pages.stride(0)
         call.page_size, call.pages = inputs.k.shape[1], inputs.k.shape[0]
     if problem.dropout_p:
         assert inputs.seed is not None

@@ -7,7 +7,7 @@ source tree; it is then used instead of the installed one, never as a second gue
 
 The library has no threads of its own: it is given PyTorch's ``torch_parallel_for`` (PyTorch 2.10
 and later), so that ``torch.set_num_threads`` governs it and there is one pool. With an older
-PyTorch it runs on the calling thread, which ``threading`` reports.
+PyTorch, and in a forked child, where OpenMP pools do not work, it runs on the calling thread.
 """
 
 from __future__ import annotations
@@ -96,6 +96,12 @@ def isa() -> str:
     return forced
 
 
+def last_isa() -> str:
+    """The kernel family that this thread ran last, as the kernels name themselves."""
+    name: bytes = load().tilewise_last_isa()
+    return name.decode("ascii")
+
+
 def strip_rows() -> int:
     """Queries of a strip, ``kRows`` in csrc/generic/strip.h: vectors times lanes."""
     return {"avx512": 3 * 16, "avx2": 4 * 8, "baseline": 4 * 4}[isa()]
@@ -144,7 +150,7 @@ def _open(file: Path) -> ctypes.CDLL:
         raise LibraryError(
             f"{file} has ABI version {found}, this tilewise needs {ABI_VERSION}: reinstall tilewise"
         )
-    for name in ("tilewise_cpu_features", "tilewise_isas", "tilewise_error"):
+    for name in ("tilewise_cpu_features", "tilewise_isas", "tilewise_error", "tilewise_last_isa"):
         getattr(library, name).argtypes = []
         getattr(library, name).restype = ctypes.c_char_p
     for name in ("tilewise_forward", "tilewise_backward"):
@@ -155,4 +161,7 @@ def _open(file: Path) -> ctypes.CDLL:
         raise LibraryError(f"{file} lays out a call in another way: reinstall tilewise")
     library.tilewise_set_parallel_for.argtypes = [ctypes.c_void_p]
     library.tilewise_set_parallel_for(_torch_parallel_for())
+    if hasattr(os, "register_at_fork"):
+        # A forked child has the pool's state but not its threads: OpenMP waits for them forever.
+        os.register_at_fork(after_in_child=lambda: library.tilewise_set_parallel_for(None))
     return library
