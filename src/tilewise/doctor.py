@@ -26,8 +26,9 @@ PROVIDERS = ("triton", "xformers", "flash_attn", "transformers")
 """Optional packages that tilewise can be compared with or plugged into."""
 
 # Per backend, what keeps it from running on this machine. A backend without an entry is an error
-# rather than "available" by default. These two need nothing but torch.
+# rather than "available" by default. The last two need nothing but torch.
 _OBSTACLE: dict[str, Callable[[], str | None]] = {
+    "native": library.load_error,
     "reference": lambda: None,
     "tiled": lambda: None,
 }
@@ -100,9 +101,14 @@ def backends() -> dict[str, str]:
 
 
 def native_library() -> dict[str, Any]:
-    """Where the native library is looked for, and why it cannot be used if it cannot."""
+    """Where the native library is looked for, why it cannot be used if it cannot, and else which
+    kernels it runs (best first, and the one in use) on which threads."""
     error = library.load_error()
-    return {"path": str(library.path()), "loaded": error is None, "error": error}
+    facts = {"path": str(library.path()), "loaded": error is None, "error": error}
+    if error is None:
+        facts |= {"isas": list(library.isas()), "isa": library.isa()}
+        facts["threads"] = library.threading()
+    return facts
 
 
 def _version(package: str) -> str | None:
