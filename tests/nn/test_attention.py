@@ -171,7 +171,7 @@ def test_conversion_copies_mode_dropout_dtype_and_memory():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options, message",
     [
         ({"kdim": 5}, "kdim and vdim must equal embed_dim 8, got kdim=5, vdim=8"),
         ({"vdim": 5}, "vdim=5"),
@@ -185,7 +185,7 @@ def test_from_torch_refuses(options, message):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options, message",
     [
         ({"num_kv_heads": 1}, "num_kv_heads=1"),
         ({"head_dim": 8}, "head_dim=8"),
@@ -278,7 +278,7 @@ def test_compiles_as_one_graph():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "message"),
+    "arguments, options, message",
     [
         ((8, 3), {}, "embed_dim 8 is not a multiple of num_heads 3; set head_dim"),
         ((8, 4), {"num_kv_heads": 3}, "got 4 and 3"),

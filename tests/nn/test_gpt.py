@@ -160,7 +160,7 @@ def test_attention_choices_run_what_they_name(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes, message",
     [
         ({"attention": "fast"}, "attention must be one of standard, sdpa, tilewise, got 'fast'"),
         ({"positions": "none"}, "positions must be one of rotary, learned"),

@@ -40,7 +40,7 @@ def test_lengths_of_vectors_stay(config):
     )
 
 
-@pytest.mark.parametrize(("interleaved", "partner"), [(False, 2), (True, 1)])
+@pytest.mark.parametrize("interleaved, partner", [(False, 2), (True, 1)])
 def test_angles(interleaved, partner):
     """Channel 0 of a head of 4 turns by 1 radian a position, the other pair by base ** -0.5."""
     x = torch.zeros(1, 1, 1, 4, dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_layer_turns_queries_and_keys():
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    "make, message",
     [
         (lambda: RotaryConfig(dim=3), "even"),
         (lambda: RotaryConfig(base=0.0), "base"),
