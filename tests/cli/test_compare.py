@@ -40,7 +40,6 @@ def quick(monkeypatch):
 
     monkeypatch.setattr(comparison, "add_memory", add_memory)
     settings = comparison.Settings(least=1, most=1, budget_s=0.0)
-    monkeypatch.setattr(comparison.Question.__init__, "__kwdefaults__", None)
     plain = comparison.Question
 
     def question(**options):

@@ -33,7 +33,7 @@ class Question:
     timed: bool = True
     checked: bool = True
     measured: bool = True
-    settings: Settings = field(default_factory=lambda: Settings(least=3, most=30, budget_s=1.5))
+    settings: Settings = field(default_factory=lambda: Settings(least=3, most=30, budget_s=1.0))
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:

@@ -80,6 +80,7 @@ def comparison(path: Path, rows: Sequence[Row], *, title: str, footer: str) -> N
         _guide(axis, max(series.values(), key=lambda curve: curve[1][-1]), 2, "∝ N²")
         if key == "memory_bytes":
             _guide(axis, min(series.values(), key=lambda curve: curve[1][-1]), 1, "∝ N")
+        axis.legend(frameon=False, fontsize=9, loc="best")
         axis.set_title(label, fontsize=10.5, color=_INK, loc="left")
         if key == "memory_bytes":  # binary units want binary ticks
             axis.set_yscale("log", base=2)
@@ -113,13 +114,12 @@ def _growth_panel(
             zorder=3,
         )
     low, high = axis.get_ylim()
-    axis.set_ylim(low * 0.5, high * 2)
+    axis.set_ylim(low * 0.5, high * 2.5)
     axis.xaxis.set_major_locator(FixedLocator(list(lengths)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(lambda value, _position: _tick_length(value))
     axis.set_xlabel("sequence length N", fontsize=9.5, color=_INK)
     _tidy(axis)
-    axis.legend(frameon=False, fontsize=9, loc="upper left")
 
 
 def _guide(axis: Axes, curve: tuple[list[int], list[float]], power: int, label: str) -> None:

@@ -130,9 +130,8 @@ def _draw(
     if not any(row.get("seconds") or row["memory_bytes"] for row in rows):
         return False
     picture.parent.mkdir(parents=True, exist_ok=True)
-    footer = (
-        f"{facts['cpu']} · {facts['device']} · {facts['threads']} threads · torch {facts['torch']}"
-    )
+    threads = f"threads: {facts['threads']}"
+    footer = " · ".join((facts["cpu"], facts["device"], threads, f"torch {facts['torch']}"))
     plot.comparison(picture, rows, title=title, footer=footer)
     return True
 

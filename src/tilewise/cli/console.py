@@ -43,7 +43,7 @@ def emit(
     table = Table(title=title, title_justify="left")
     for key, heading in columns.items():
         numeric = any(isinstance(r.get(key), (int, float)) for r in rows)
-        table.add_column(heading, justify="right" if numeric else "left")
+        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row.get(key)) for key in columns))
     out.print(table)

@@ -12,11 +12,10 @@ from .console import emit, err, progress
 
 COLUMNS = {
     "attention": "attention",
-    "dtype": "dtype",
     "parameters": "parameters",
     "steps": "steps",
-    "first_loss": "loss at start",
-    "val_loss": "at end",
+    "first_loss": "loss before",
+    "val_loss": "after",
     "tokens_per_second": "tokens/s",
     "seconds": "seconds",
 }

@@ -52,9 +52,9 @@ class TrainConfig:
     batch: int = 16
     context: int = 256
     layers: int = 4
-    heads: int = 4
+    heads: int = 5
     kv_heads: int | None = None
-    dim: int = 128
+    dim: int = 160
     dropout: float = 0.0
     attention: str = "tilewise"
     backend: str = "auto"
