@@ -69,7 +69,7 @@ typedef struct {
   const int32_t* mask_second;       /* RANGES: stops, laid out as the starts */
   const int64_t* mask_words;        /* BITMAP: [codes, 64] */
   int64_t mask_stride[2];           /* of mask_first and mask_second over batch and heads */
-  float dropout_p;
+  float keep_factor;                /* dropout: 1 / (1 - p), by which kept weights grow; 0: none */
   uint64_t seed;
   uint32_t keep_threshold;          /* an entry is kept iff its Philox word is at least this */
   int32_t threads;

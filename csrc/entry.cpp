@@ -62,7 +62,7 @@ const char* problem_of(const tilewise_call& c, bool backward) {
     return "a mask of ranges needs starts and stops of one or two runs";
   if (c.mask_kind == TILEWISE_BITMAP && (c.mask_first == nullptr || c.mask_words == nullptr))
     return "a bitmap needs codes and words";
-  if (!(c.dropout_p >= 0.0f && c.dropout_p < 1.0f)) return "dropout_p must be in [0, 1)";
+  if (!(c.keep_factor == 0.0f || c.keep_factor >= 1.0f)) return "keep_factor must be 0 or at least 1";
   if (c.threads < 1) return "threads must be at least 1";
   if (!backward) return nullptr;
   if (c.page_table != nullptr) return "a paged cache has no backward";

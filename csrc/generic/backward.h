@@ -142,7 +142,7 @@ inline void backward_tile(const tilewise_call& c, const Strip& s, QueryState q, 
   if (partial) mask_tile(c, s, j0, j1, w.weights);
   recompute_weights(s, keys, w.weights);
   const float* dropped = w.weights;
-  if (c.dropout_p != 0.0f) {
+  if (c.keep_factor != 0.0f) {
     drop(c, s, j0, j1, w.weights, w.dropped);
     dropped = w.dropped;
   }
@@ -152,7 +152,7 @@ inline void backward_tile(const tilewise_call& c, const Strip& s, QueryState q, 
     matmul(keys, v_width / kLanes, s.rows, {dropped, kRows, 1}, w.d_out, v_width, d_v, v_width, true);
   }
   matmul(keys, kStripVectors, c.v_dim, {v.data, v.stride, 1}, w.d_out_t, kRows, w.d_scores, kRows, false);
-  if (c.dropout_p != 0.0f) drop(c, s, j0, j1, w.d_scores, w.d_scores);
+  if (c.keep_factor != 0.0f) drop(c, s, j0, j1, w.d_scores, w.d_scores);
   score_gradient(s, keys, w.weights, w.d_scores, partial);
   if (c.d_alibi || c.d_bias || c.d_relative_bias) bias_gradients(c, s, chunk, j0, j1, w.d_scores);
   if (c.softcap != 0.0f) {

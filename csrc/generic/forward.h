@@ -130,7 +130,7 @@ void forward_task(const tilewise_call& c, std::int64_t b, std::int64_t kv_head, 
         for (int r = 0; r < s.rows; ++r)
           for (std::int64_t d = 0; d < v_width; ++d) out[r * v_width + d] *= rescale[r];
       }
-      if (c.dropout_p != 0.0f) drop(c, s, j0, j1, w.scores, w.scores);
+      if (c.keep_factor != 0.0f) drop(c, s, j0, j1, w.scores, w.scores);
       if (state == kPartial && finite < 0) finite = all_finite(v.data, v.stride, keys, c.v_dim);
       if (state == kPartial && finite == 0) {
         accumulate_visible(c, s, j0, j1, w.scores, v, out, v_width);

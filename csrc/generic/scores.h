@@ -68,16 +68,15 @@ inline void philox(const tilewise_call& c, const Strip& s, std::uint32_t quad, s
   }
 }
 
-// Multiply from by 1 / (1 - p) where an entry is kept and by 0 where it is dropped, into to.
+// Multiply from by keep_factor where an entry is kept and by 0 where it is dropped, into to.
 inline void drop(const tilewise_call& c, const Strip& s, std::int64_t j0, std::int64_t j1, const float* from,
                  float* to) {
-  const float factor = 1.0f / (1.0f - c.dropout_p);
   std::uint32_t words[4][kRows];
   for (std::int64_t j = j0; j < j1; ++j) {
     if (j == j0 || j % 4 == 0) philox(c, s, static_cast<std::uint32_t>(j / 4), words);
     for (int r = 0; r < kRows; ++r) {
       const std::int64_t at = (j - j0) * kRows + r;
-      to[at] = from[at] * (words[j % 4][r] >= c.keep_threshold ? factor : 0.0f);
+      to[at] = from[at] * (words[j % 4][r] >= c.keep_threshold ? c.keep_factor : 0.0f);
     }
   }
 }

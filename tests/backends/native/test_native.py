@@ -145,7 +145,7 @@ SPOILED = {
     "head_dim": 0,
     "lse": None,
     "mask_kind": 7,
-    "dropout_p": 1.5,
+    "keep_factor": 0.5,
     "threads": 0,
     "page_table": 8,  # without pages
 }

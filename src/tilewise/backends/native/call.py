@@ -52,7 +52,7 @@ class Call(ctypes.Structure):
         *((name, _I64) for name in ("mask_low", "mask_high")),
         *((name, _POINTER) for name in ("mask_first", "mask_second", "mask_words")),
         ("mask_stride", _I64 * 2),
-        ("dropout_p", _FLOAT),
+        ("keep_factor", _FLOAT),
         ("seed", _U64),
         ("keep_threshold", _U32),
         ("threads", _I32),
@@ -110,7 +110,8 @@ def fill(call: Call, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor)
         call.page_size, call.pages = inputs.k.shape[1], inputs.k.shape[0]
     if problem.dropout_p:
         assert inputs.seed is not None
-        call.dropout_p, call.seed = problem.dropout_p, int(inputs.seed) % 2**64
+        call.keep_factor = 1 / (1 - problem.dropout_p)
+        call.seed = int(inputs.seed) % 2**64
         call.keep_threshold = keep_threshold(problem.dropout_p)
     _fill_mask(call, inputs, kept)
     return alive
