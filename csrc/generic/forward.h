@@ -42,14 +42,14 @@ inline bool online_softmax_update(Strip& s, float* tile, std::int64_t keys, floa
     // A row that has seen no key keeps m = -inf; -inf - (-inf) would be NaN.
     const Vec shift = maximum == -kInfinity ? all(0.0f) : maximum;
     const Vec shrink = exp2_vec((before - shift) * kLog2E);
-    Vec total = load(s.total + v) * shrink;
+    Vec total = Vec{};
     for (std::int64_t j = 0; j < keys; ++j) {
       const Vec p = exp2_vec((load(tile + j * kRows + v) - shift) * kLog2E);
       total += p;
       store(tile + j * kRows + v, p);
     }
     store(s.maximum + v, maximum);
-    store(s.total + v, total);
+    store(s.total + v, load(s.total + v) * shrink + total);
     store(rescale + v, shrink);
     for (int r = v; r < v + kLanes; ++r) changed |= rescale[r] != 1.0f;
   }

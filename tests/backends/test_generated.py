@@ -134,3 +134,13 @@ def test_several_tiles_of_the_native_size(name, dtype, lengths, backend, tile_si
     if not agrees_with_float64(case, backend, tiles=-(-kv_len // 128)):
         pytest.skip(f"{backend} does not take this")
     compared(f"{backend}, several tiles", 1)
+
+
+@each_backend
+def test_long_sums_stay_accurate(backend, tile_sizes, compared):
+    """Thousands of keys: one running sum in float32 would exceed the bound."""
+    tile_sizes(16, 512)
+    case = Case(batch=1, q_heads=8, kv_heads=8, q_len=64, kv_len=4096, head_dim=8, v_dim=8)
+    if not agrees_with_float64(case, backend, tiles=8):
+        pytest.skip(f"{backend} does not take this")
+    compared(f"{backend}, 4096 keys", 1)
