@@ -210,9 +210,9 @@ void backward_task(const tilewise_call& c, std::int64_t b, std::int64_t kv_head,
     }
     const QueryState q = load_queries(c, s, w);
     for (std::int64_t j0 = low / kKeys * kKeys; j0 < high; j0 += kKeys) {
-      const std::int64_t j1 = j0 + kKeys < stop ? j0 + kKeys : stop;
-      const State state = classify(c, s, j0, j1);
-      if (state != kSkip) backward_tile(c, s, q, w, chunk, start, j0, j1, state == kPartial);
+      const Span span = trimmed(s, j0, j0 + kKeys < stop ? j0 + kKeys : stop);
+      const State state = classify(c, s, span.start, span.stop);
+      if (state != kSkip) backward_tile(c, s, q, w, chunk, start, span.start, span.stop, state == kPartial);
     }
     store_d_q(c, s, chunk, w.d_q);
   }

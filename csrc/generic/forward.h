@@ -91,6 +91,26 @@ inline void initial_state(const tilewise_call& c, Strip& s, float* out, std::int
   }
 }
 
+void forward_tile(const tilewise_call& c, Strip& s, const ForwardSpace& w, Span span, bool partial, Rows k,
+                  Rows v, const float* queries, float* out) {
+  const std::int64_t keys = span.stop - span.start, v_width = padded(c.v_dim);
+  matmul(keys, kStripVectors, c.head_dim, {k.data, k.stride, 1}, queries, kRows, w.scores, kRows, false);
+  if (c.softcap != 0.0f) soft_cap(w.scores, keys * kRows, c.softcap);
+  add_biases(c, s, span.start, span.stop, w.scores);
+  if (partial) mask_tile(c, s, span.start, span.stop, w.scores);
+  alignas(64) float rescale[kRows];
+  if (online_softmax_update(s, w.scores, keys, rescale)) {
+    for (int r = 0; r < s.rows; ++r)
+      for (std::int64_t d = 0; d < v_width; ++d) out[r * v_width + d] *= rescale[r];
+  }
+  if (c.keep_factor != 0.0f) drop(c, s, span.start, span.stop, w.scores, w.scores);
+  if (partial && !all_finite(v.data, v.stride, keys, c.v_dim)) {
+    accumulate_visible(c, s, span.start, span.stop, w.scores, v, out, v_width);
+  } else {
+    matmul(s.rows, v_width / kLanes, keys, {w.scores, 1, kRows}, v.data, v.stride, out, v_width, true);
+  }
+}
+
 void forward_task(const tilewise_call& c, std::int64_t b, std::int64_t kv_head, std::int64_t first,
                   std::int64_t rows) {
   const ForwardSpace w = forward_space(c);
@@ -106,37 +126,22 @@ void forward_task(const tilewise_call& c, std::int64_t b, std::int64_t kv_head, 
     if (s.first_key < low) low = s.first_key;
     if (s.last_key > high) high = s.last_key;
   }
-  alignas(64) float rescale[kRows];
   // Tiles start at multiples of kKeys whatever the strips beside, so results do not depend on grouping.
   for (std::int64_t j0 = low / kKeys * kKeys; j0 < high; j0 += kKeys) {
-    const std::int64_t j1 = j0 + kKeys < c.kv_len ? j0 + kKeys : c.kv_len, keys = j1 - j0;
-    Rows k{}, v{};
-    int finite = -1;  // not yet asked
+    const std::int64_t j1 = j0 + kKeys < c.kv_len ? j0 + kKeys : c.kv_len;
+    Rows k_tile{}, v_tile{};
     for (std::int64_t n = 0; n < strips; ++n) {
       Strip& s = w.strips[n];
-      const State state = classify(c, s, j0, j1);
+      const Span span = trimmed(s, j0, j1);
+      const State state = classify(c, s, span.start, span.stop);
       if (state == kSkip) continue;
-      if (k.data == nullptr) {
-        k = key_rows(c, c.k, b, kv_head, j0, j1, c.head_dim, false, w.keys);
-        v = key_rows(c, c.v, b, kv_head, j0, j1, c.v_dim, true, w.values);
+      if (k_tile.data == nullptr) {
+        k_tile = key_rows(c, c.k, b, kv_head, j0, j1, c.head_dim, false, w.keys);
+        v_tile = key_rows(c, c.v, b, kv_head, j0, j1, c.v_dim, true, w.values);
       }
-      float* out = w.out + n * kRows * v_width;
-      matmul(keys, kStripVectors, c.head_dim, {k.data, k.stride, 1}, w.queries + n * c.head_dim * kRows, kRows,
-             w.scores, kRows, false);
-      if (c.softcap != 0.0f) soft_cap(w.scores, keys * kRows, c.softcap);
-      add_biases(c, s, j0, j1, w.scores);
-      if (state == kPartial) mask_tile(c, s, j0, j1, w.scores);
-      if (online_softmax_update(s, w.scores, keys, rescale)) {
-        for (int r = 0; r < s.rows; ++r)
-          for (std::int64_t d = 0; d < v_width; ++d) out[r * v_width + d] *= rescale[r];
-      }
-      if (c.keep_factor != 0.0f) drop(c, s, j0, j1, w.scores, w.scores);
-      if (state == kPartial && finite < 0) finite = all_finite(v.data, v.stride, keys, c.v_dim);
-      if (state == kPartial && finite == 0) {
-        accumulate_visible(c, s, j0, j1, w.scores, v, out, v_width);
-      } else {
-        matmul(s.rows, v_width / kLanes, keys, {w.scores, 1, kRows}, v.data, v.stride, out, v_width, true);
-      }
+      forward_tile(c, s, w, span, state == kPartial, k_tile.from(span.start - j0),
+                   v_tile.from(span.start - j0), w.queries + n * c.head_dim * kRows,
+                   w.out + n * kRows * v_width);
     }
   }
   for (std::int64_t n = 0; n < strips; ++n) finish(c, w.strips[n], w.out + n * kRows * v_width, v_width);

@@ -5,7 +5,7 @@ namespace {
 struct Rows {
   const float* data;
   std::int64_t stride;
-  bool finite;
+  Rows from(std::int64_t row) const { return {data + row * stride, stride}; }
 };
 
 inline std::int64_t padded(std::int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
@@ -84,12 +84,12 @@ inline Rows key_rows(const tilewise_call& c, const tilewise_tensor& t, std::int6
                      float* buffer) {
   if (t.dtype == TILEWISE_FLOAT32 && t.stride[3] == 1 && c.page_table == nullptr &&
       (!whole_vectors || dim % kLanes == 0)) {
-    return {static_cast<const float*>(t.data) + key_offset(c, t, b, head, j0), t.stride[2], false};
+    return {static_cast<const float*>(t.data) + key_offset(c, t, b, head, j0), t.stride[2]};
   }
   const std::int64_t width = padded(dim);
   for (std::int64_t j = j0; j < j1; ++j)
     read_row(t, key_offset(c, t, b, head, j), t.stride[3], dim, buffer + (j - j0) * width);
-  return {buffer, width, false};
+  return {buffer, width};
 }
 
 }  // namespace
