@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilewise
 from tilewise import masks as m
@@ -206,3 +209,45 @@ def test_gradients_are_the_same_bits_every_time(backend):
         runs.append(torch.autograd.grad(out, list(inputs.values()), call.d_out))
     for later in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], later, strict=True))
+
+
+class Watch(TorchDispatchMode):
+    """Records the operators that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_a_watched_call_is_one_operator_and_gives_the_same_bits(needs_grad):
+    """Eager calls that nobody watches skip the operator, not the computation."""
+    call = Case(mask="documents", bias="h1k", sinks=True, dropout_p=0.2).make()
+    inputs = {n: t.detach().requires_grad_(needs_grad) for n, t in call.differentiable().items()}
+    rest = {n: x for n, x in call.options.items() if n not in inputs}
+    results = []
+    for watch in (contextlib.nullcontext(), Watch()):
+        with watch:
+            found = [*tilewise.attention(**inputs, **rest, return_lse=True)]
+            if needs_grad:
+                found += torch.autograd.grad(found[0], list(inputs.values()), call.d_out)
+        results.append(found)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    operators = [name for name in watch.seen if name.startswith("tilewise.")]
+    assert (
+        operators
+        == ["tilewise.attention.default", "tilewise.attention_backward.default"][: 1 + needs_grad]
+    )
+
+
+def test_a_second_derivative_is_an_error_not_a_wrong_number():
+    q, k, v = tensors(1, 2, 9, 4)
+    out = tilewise.attention(q, k, v)
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    assert grad.requires_grad
+    with pytest.raises(RuntimeError, match="attention_backward"):
+        grad.sum().backward()

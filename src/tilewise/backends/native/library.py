@@ -45,14 +45,7 @@ def load() -> ctypes.CDLL:
 
     Raises :class:`LibraryError`, saying why, if there is no library that can be used.
     """
-    file = path()
-    if not file.is_file():
-        if os.environ.get("TILEWISE_LIBRARY"):
-            raise LibraryError(f"no library at {file}, which TILEWISE_LIBRARY names")
-        raise LibraryError(
-            f"no library at {file}: it is built when tilewise is installed, by GCC >= 11 or Clang"
-        )
-    return _open(file)
+    return _open(os.environ.get("TILEWISE_LIBRARY"))
 
 
 def load_error() -> str | None:
@@ -86,14 +79,7 @@ def isa() -> str:
 
     Raises ValueError if the variable names a family that is unknown or cannot run here.
     """
-    forced = os.environ.get("TILEWISE_FORCE_ISA")
-    if not forced:
-        return isas()[0]
-    if forced not in isas():
-        raise ValueError(
-            f"TILEWISE_FORCE_ISA: got {forced!r}; this processor can run {', '.join(isas())}"
-        )
-    return forced
+    return _choose_isa(os.environ.get("TILEWISE_FORCE_ISA"), load())
 
 
 def last_isa() -> str:
@@ -137,7 +123,26 @@ def _torch_parallel_for() -> int | None:
 
 
 @functools.cache
-def _open(file: Path) -> ctypes.CDLL:
+def _choose_isa(forced: str | None, library: ctypes.CDLL) -> str:
+    possible: list[str] = library.tilewise_isas().decode("ascii").split()
+    if not forced:
+        return possible[0]
+    if forced not in possible:
+        raise ValueError(
+            f"TILEWISE_FORCE_ISA: got {forced!r}; this processor can run {', '.join(possible)}"
+        )
+    return forced
+
+
+@functools.cache
+def _open(chosen: str | None) -> ctypes.CDLL:
+    file = path()
+    if not file.is_file():
+        if chosen:
+            raise LibraryError(f"no library at {file}, which TILEWISE_LIBRARY names")
+        raise LibraryError(
+            f"no library at {file}: it is built when tilewise is installed, by GCC >= 11 or Clang"
+        )
     try:
         # A path without a directory would be searched for in the system's library folders.
         library = ctypes.CDLL(str(file.resolve()))
