@@ -176,6 +176,13 @@ def _differentiate(
     return (*found, *[None] * (len(_NAMES) - len(found)))
 
 
+def _refuse(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    raise NotImplementedError(
+        "tilewise: attention_backward has no derivative, so attention has no second derivative yet; "
+        "standard_attention has"
+    )
+
+
 class _Eager(torch.autograd.Function):
     """The same derivative without the operator around it, which costs an eager call 90 us."""
 
@@ -187,7 +194,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
-        # With create_graph the operator runs: it has no derivative and says so when asked for one.
+        # With create_graph the operator runs, which raises if a second derivative is asked for.
         observed = torch.is_grad_enabled()
         return _differentiate(ctx, d_out, d_lse, None if observed else _backward)
 
@@ -197,3 +204,4 @@ _LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("tilewise::attention", _forward_shapes)
 torch.library.register_fake("tilewise::attention_backward", _backward_shapes)
 torch.library.register_autograd("tilewise::attention", _differentiate, setup_context=_save)
+torch.library.register_autograd("tilewise::attention_backward", _refuse)
