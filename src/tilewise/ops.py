@@ -178,8 +178,8 @@ def _differentiate(
 
 def _refuse(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     raise NotImplementedError(
-        "tilewise: attention_backward has no derivative, so attention has no second derivative yet; "
-        "standard_attention has"
+        "tilewise: attention_backward has no derivative, so attention has no second derivative "
+        "yet; standard_attention has"
     )
 
 

@@ -52,7 +52,7 @@ class TrainConfig:
     batch: int = 16
     context: int = 256
     layers: int = 4
-    heads: int = 5
+    heads: int = 4
     kv_heads: int | None = None
     dim: int = 160
     dropout: float = 0.0

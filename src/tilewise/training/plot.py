@@ -55,7 +55,7 @@ def plot_loss(history: History, path: Path, *, title: str, vocab_size: int) -> N
         axes.annotate(
             f"{validation[-1]:.3f}",
             xy=(evaluated[-1], validation[-1]),
-            xytext=(0, 9),
+            xytext=(0, -18),
             textcoords="offset points",
             ha="center",
             color="tab:orange",
