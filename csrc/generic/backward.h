@@ -57,7 +57,7 @@ inline void careful_product(const tilewise_call& c, const Strip& s, std::int64_t
 }
 
 inline void recompute_weights(const Strip& s, std::int64_t keys, float* tile) {
-  for (int v = 0; v < kRows; v += kLanes) {
+  for (int v = 0; v < s.lanes; v += kLanes) {
     const Vec lse = load(s.lse + v);
     for (std::int64_t j = 0; j < keys; ++j) {
       float* at = tile + j * kRows + v;
@@ -69,7 +69,7 @@ inline void recompute_weights(const Strip& s, std::int64_t keys, float* tile) {
 // dS = P (dP - delta), and 0 where P is exactly 0: dP may be inf or NaN for a hidden key.
 inline void score_gradient(const Strip& s, std::int64_t keys, const float* weights, float* d_scores,
                            bool partial) {
-  for (int v = 0; v < kRows; v += kLanes) {
+  for (int v = 0; v < s.lanes; v += kLanes) {
     const Vec delta = load(s.delta + v);
     for (std::int64_t j = 0; j < keys; ++j) {
       const std::int64_t at = j * kRows + v;
@@ -133,7 +133,7 @@ inline void backward_tile(const tilewise_call& c, const Strip& s, QueryState q, 
   float *d_k = w.d_k + (j0 - chunk_start) * width, *d_v = w.d_v + (j0 - chunk_start) * v_width;
   const Rows k = key_rows(c, c.k, b, kv_head, j0, j1, c.head_dim, true, w.keys);
   const Rows v = key_rows(c, c.v, b, kv_head, j0, j1, c.v_dim, false, w.values);
-  matmul(keys, kStripVectors, c.head_dim, {k.data, k.stride, 1}, w.queries_t, kRows, w.weights, kRows, false);
+  matmul(keys, s.vectors, c.head_dim, {k.data, k.stride, 1}, w.queries_t, kRows, w.weights, kRows, false);
   if (c.softcap != 0.0f) {
     soft_cap(w.weights, keys * kRows, c.softcap);
     std::memcpy(w.capped, w.weights, static_cast<std::size_t>(keys * kRows) * sizeof(float));
@@ -151,7 +151,7 @@ inline void backward_tile(const tilewise_call& c, const Strip& s, QueryState q, 
   } else {
     matmul(keys, v_width / kLanes, s.rows, {dropped, kRows, 1}, w.d_out, v_width, d_v, v_width, true);
   }
-  matmul(keys, kStripVectors, c.v_dim, {v.data, v.stride, 1}, w.d_out_t, kRows, w.d_scores, kRows, false);
+  matmul(keys, s.vectors, c.v_dim, {v.data, v.stride, 1}, w.d_out_t, kRows, w.d_scores, kRows, false);
   if (c.keep_factor != 0.0f) drop(c, s, j0, j1, w.d_scores, w.d_scores);
   score_gradient(s, keys, w.weights, w.d_scores, partial);
   if (c.d_alibi || c.d_bias || c.d_relative_bias) bias_gradients(c, s, chunk, j0, j1, w.d_scores);

@@ -35,7 +35,7 @@ inline ForwardSpace forward_space(const tilewise_call& c) {
 // m, l and P = exp(S - m) in place of S; rescale[r] = exp(m_old - m_new). True if any is not 1.
 inline bool online_softmax_update(Strip& s, float* tile, std::int64_t keys, float* rescale) {
   bool changed = false;
-  for (int v = 0; v < kRows; v += kLanes) {
+  for (int v = 0; v < s.lanes; v += kLanes) {
     const Vec before = load(s.maximum + v);
     Vec maximum = before;
     for (std::int64_t j = 0; j < keys; ++j) maximum = larger(maximum, load(tile + j * kRows + v));
@@ -94,7 +94,7 @@ inline void initial_state(const tilewise_call& c, Strip& s, float* out, std::int
 void forward_tile(const tilewise_call& c, Strip& s, const ForwardSpace& w, Span span, bool partial, Rows k,
                   Rows v, const float* queries, float* out) {
   const std::int64_t keys = span.stop - span.start, v_width = padded(c.v_dim);
-  matmul(keys, kStripVectors, c.head_dim, {k.data, k.stride, 1}, queries, kRows, w.scores, kRows, false);
+  matmul(keys, s.vectors, c.head_dim, {k.data, k.stride, 1}, queries, kRows, w.scores, kRows, false);
   if (c.softcap != 0.0f) soft_cap(w.scores, keys * kRows, c.softcap);
   add_biases(c, s, span.start, span.stop, w.scores);
   if (partial) mask_tile(c, s, span.start, span.stop, w.scores);

@@ -24,7 +24,7 @@ inline void add_biases(const tilewise_call& c, const Strip& s, std::int64_t j0, 
   }
   if (c.alibi.data) {
     for (std::int64_t j = j0; j < j1; ++j)
-      for (int v = 0; v < kRows; v += kLanes) {
+      for (int v = 0; v < s.lanes; v += kLanes) {
         const IntVec apart = load_int(s.position + v) - static_cast<std::int32_t>(j);
         float* at = tile + (j - j0) * kRows + v;
         store(at, load(at) - load(s.slope + v) * magnitude(to_float(apart)));

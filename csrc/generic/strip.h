@@ -19,6 +19,7 @@ struct alignas(64) Strip {
   float lse[kRows], delta[kRows];                // backward
   std::int64_t head[kRows], query[kRows];
   std::int64_t batch, rows;
+  int vectors, lanes;  // that hold its rows: one query over a long cache does not pay for a full strip
   std::int64_t first_key, last_key;  // the keys that any of its queries may see
 };
 
@@ -60,6 +61,8 @@ inline void set_strip(const tilewise_call& c, Strip& s, std::int64_t b, std::int
   const std::int64_t group = c.q_heads / c.kv_heads;
   s.batch = b;
   s.rows = rows;
+  s.vectors = static_cast<int>((rows + kLanes - 1) / kLanes);
+  s.lanes = s.vectors * kLanes;
   s.first_key = c.kv_len;
   s.last_key = 0;
   for (int r = 0; r < kRows; ++r) {
@@ -137,7 +140,7 @@ inline void mask_tile(const tilewise_call& c, const Strip& s, std::int64_t j0, s
   }
   for (std::int64_t j = j0; j < j1; ++j) {
     const std::int32_t key = static_cast<std::int32_t>(j);
-    for (int v = 0; v < kRows; v += kLanes) {
+    for (int v = 0; v < s.lanes; v += kLanes) {
       const IntVec seen = ((load_int(s.start[0] + v) <= key) & (load_int(s.stop[0] + v) > key)) |
                           ((load_int(s.start[1] + v) <= key) & (load_int(s.stop[1] + v) > key));
       float* at = tile + (j - j0) * kRows + v;

@@ -52,7 +52,7 @@ def emit(
 
 
 def progress() -> Progress:
-    """A progress bar on standard error, so that piped output stays clean."""
+    """A progress bar on standard error, so that piped output stays clean; none in a log file."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -61,6 +61,7 @@ def progress() -> Progress:
         TimeRemainingColumn(),
         console=err,
         transient=True,
+        disable=not err.is_terminal,
     )
 
 
