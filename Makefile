@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo test fast check lint bench wheel clean
+.PHONY: help install demo test fast check lint sanitize bench wheel clean
 
 help:
 	@echo "make install   a virtual environment in .venv with tilewise and its tools"
@@ -24,6 +24,7 @@ help:
 	@echo "make test      all tests"
 	@echo "make fast      the tests that are not marked slow"
 	@echo "make check     format, lint, types, sizes, then all tests"
+	@echo "make sanitize  the native library's tests under AddressSanitizer and UBSan"
 	@echo "make bench     a benchmark grid (SUITE=quick); results in out/bench"
 	@echo "make wheel     a wheel in dist/"
 	@echo "make clean     remove build products and results; keeps .venv"
@@ -59,6 +60,16 @@ lint: install
 	$(BIN)/python tools/check_sizes.py
 
 check: lint test
+
+# Python itself is not instrumented, so the sanitizer's runtime is preloaded; PyTorch's own leaks at exit
+# are not ours to report.
+sanitize: install
+	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+	cmake --build build/sanitize
+	TILEWISE_LIBRARY=$(CURDIR)/build/sanitize/libtilewise.so ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends tests/test_api.py -k native -m "not slow"
 
 bench: install
 	@mkdir -p out/bench
