@@ -44,7 +44,7 @@ $(INSTALLED): $(SOURCES) | $(BIN)/python
 demo: install
 	@mkdir -p out
 	$(BIN)/tilewise compare --out out/compare.png
-	$(BIN)/tilewise train --out out/train --steps 200
+	$(BIN)/tilewise train --out out/train --steps 400
 	$(BIN)/tilewise generate out/train
 
 test: install
