@@ -47,8 +47,8 @@ inline void set_runs(const tilewise_call& c, Strip& s, int r) {
   } else if (c.mask_kind == TILEWISE_RANGES) {
     const std::int64_t at = s.batch * c.mask_stride[0] + s.head[r] * c.mask_stride[1] + i * c.mask_runs;
     for (int k = 0; k < c.mask_runs; ++k) {
-      s.start[k][r] = c.mask_first[at + k];
-      s.stop[k][r] = c.mask_second[at + k];
+      s.start[k][r] = static_cast<std::int32_t>(clamp(c.mask_first[at + k], 0, c.kv_len));
+      s.stop[k][r] = static_cast<std::int32_t>(clamp(c.mask_second[at + k], 0, c.kv_len));
     }
   } else {
     s.stop[0][r] = static_cast<std::int32_t>(c.kv_len);

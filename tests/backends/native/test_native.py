@@ -16,7 +16,7 @@ from tilewise.problem import Inputs, Problem
 from tilewise.testing import tolerance
 from tilewise.testing.cases import Case, grid
 from tilewise.testing.poison import poisoned
-from tilewise.tiles import Band
+from tilewise.tiles import Band, Ranges
 
 pytestmark = pytest.mark.skipif(library.load_error() is not None, reason=str(library.load_error()))
 ISAS = () if library.load_error() else library.isas()
@@ -159,6 +159,22 @@ def test_the_library_refuses_what_cannot_be(field):
     with pytest.raises(library.LibraryError, match=r"^native forward: "):
         library.run("forward", call)
     del alive
+
+
+def test_runs_beyond_the_keys_are_cut_not_followed():
+    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    wild = Ranges(
+        9,
+        9,
+        torch.full((1, 1, 9, 1), -(2**31), dtype=torch.int32),
+        torch.full((1, 1, 9, 1), 2**31 - 1, dtype=torch.int32),
+    )
+    inputs = Inputs(q, k, v, wild)
+    call, out, lse = Call(), torch.empty(1, 2, 9, 8), torch.empty(1, 2, 9)
+    alive = fill(call, Problem.of(inputs, scale=1.0), inputs, out, lse)
+    library.run("forward", call)
+    del alive
+    torch.testing.assert_close(out, tilewise.standard_attention(q, k, v, scale=1.0))
 
 
 def test_the_library_refuses_missing_tensors_and_names():
