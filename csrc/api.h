@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define TILEWISE_ABI_VERSION 2
+#define TILEWISE_ABI_VERSION 3
 
 #if defined(_WIN32)
 #define TILEWISE_EXPORT __declspec(dllexport)
@@ -75,7 +75,9 @@ typedef struct {
   int32_t threads;
   /* Backward only. */
   tilewise_tensor d_out;
-  const float* delta;               /* rowsum(d_out * out) - d_lse, [batch, q_heads, q_len] */
+  const float* d_lse;               /* [batch, q_heads, q_len], or NULL for zeros */
+  int64_t d_lse_stride[3];
+  float* delta;                     /* result: rowsum(d_out * out) - d_lse, [batch, q_heads, q_len] */
   tilewise_tensor d_q, d_k, d_v;    /* results, in the dtype and shape of q, k and v */
   float* d_q_parts;                 /* [chunks, batch, q_heads, q_len, head_dim], if chunks > 1 */
   int64_t chunks;                   /* the keys are cut into so many independent parts */

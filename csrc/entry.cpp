@@ -1,5 +1,6 @@
 // The entry points: check what can be checked cheaply, find the kernel family, run it.
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstring>
@@ -22,17 +23,30 @@ bool has(const char* names, const char* wanted) {
 // Best first.
 const tilewise_kernels* const kAll[] = {
 #if defined(__x86_64__)
-    &tilewise_avx512, &tilewise_avx2,
+    &tilewise_avx512_bf16, &tilewise_avx512, &tilewise_avx2,
 #endif
     &tilewise_baseline};
 
-bool runs_here(const tilewise_kernels& kernels) {
+bool detect(const tilewise_kernels& kernels) {
   const char* f = tilewise_cpu_features();
-  if (std::strcmp(kernels.isa, "avx512") == 0)
-    return has(f, "avx512f") && has(f, "avx512dq") && has(f, "avx512bw") && has(f, "avx512vl") && has(f, "fma") &&
-           has(f, "f16c");
+  const bool avx512 = has(f, "avx512f") && has(f, "avx512dq") && has(f, "avx512bw") && has(f, "avx512vl") &&
+                      has(f, "fma") && has(f, "f16c");
+  if (std::strcmp(kernels.isa, "avx512_bf16") == 0) return avx512 && has(f, "avx512_bf16");
+  if (std::strcmp(kernels.isa, "avx512") == 0) return avx512;
   if (std::strcmp(kernels.isa, "avx2") == 0) return has(f, "avx2") && has(f, "fma") && has(f, "f16c");
   return true;
+}
+
+constexpr std::size_t kFamilies = sizeof kAll / sizeof kAll[0];
+
+// Asked by every call, so found out once.
+bool runs_here(std::size_t family) {
+  static const auto found = [] {
+    std::array<bool, kFamilies> each{};
+    for (std::size_t i = 0; i < kFamilies; ++i) each[i] = detect(*kAll[i]);
+    return each;
+  }();
+  return found[family];
 }
 
 int fail(const char* message) {
@@ -75,9 +89,10 @@ const char* problem_of(const tilewise_call& c, bool backward) {
 int run(const tilewise_call* call, const char* isa, bool backward) {
   if (call == nullptr || isa == nullptr) return fail("call or isa is NULL");
   if (const char* message = problem_of(*call, backward)) return fail(message);
-  for (const tilewise_kernels* kernels : kAll) {
+  for (std::size_t i = 0; i < kFamilies; ++i) {
+    const tilewise_kernels* kernels = kAll[i];
     if (std::strcmp(kernels->isa, isa) != 0) continue;
-    if (!runs_here(*kernels)) return fail("this processor cannot run the kernels asked for");
+    if (!runs_here(i)) return fail("this processor cannot run the kernels asked for");
     const auto run_kernels = backward ? kernels->backward : kernels->forward;
     last_isa = kernels->isa;
     return run_kernels(*call, pool.load()) ? 0 : fail("out of memory");
@@ -102,10 +117,10 @@ void tilewise_set_parallel_for(tilewise_parallel_for parallel_for) { pool = para
 const char* tilewise_isas(void) {
   static const std::string names = [] {
     std::string found;
-    for (const tilewise_kernels* kernels : kAll) {
-      if (!runs_here(*kernels)) continue;
+    for (std::size_t i = 0; i < kFamilies; ++i) {
+      if (!runs_here(i)) continue;
       if (!found.empty()) found += ' ';
-      found += kernels->isa;
+      found += kAll[i]->isa;
     }
     return found;
   }();

@@ -10,58 +10,79 @@
 
 namespace {
 
+template <class E>
 struct BackwardSpace {
-  float *keys, *values, *row, *queries_t, *queries, *d_out_t, *d_out, *d_q, *weights, *capped, *dropped,
-      *d_scores, *d_k, *d_v;
+  E *keys, *values, *key_columns, *query_rows, *d_out_rows, *queries_t, *queries, *d_out_t, *d_out, *operand;
+  float *row, *d_q, *weights, *capped, *dropped, *d_scores, *d_k, *d_v;
 };
 
-inline BackwardSpace backward_space(const tilewise_call& c, std::int64_t chunk) {
+template <class E>
+inline BackwardSpace<E> backward_space(const tilewise_call& c, std::int64_t chunk) {
   const std::int64_t width = padded(c.head_dim), v_width = padded(c.v_dim), tile = kKeys * kRows;
-  BackwardSpace w;
-  float** const fields[] = {&w.keys,  &w.values, &w.row,     &w.queries_t, &w.queries,  &w.d_out_t, &w.d_out,
-                            &w.d_q,   &w.weights, &w.capped, &w.dropped,   &w.d_scores, &w.d_k,     &w.d_v};
-  const std::int64_t sizes[] = {kKeys * width,    kKeys * v_width,   width > v_width ? width : v_width,
-                                width * kRows,    kRows * width,     v_width * kRows,
-                                kRows * v_width,  kRows * width,     tile,
-                                tile,             tile,              tile,
-                                chunk * width,    chunk * v_width};
-  std::size_t total = 0;
-  for (std::int64_t size : sizes) total += Scratch::aligned(size);
-  Scratch& memory = scratch();
-  memory.reserve(total);
-  for (int i = 0; i < 14; ++i) *fields[i] = memory.take(sizes[i]);
+  const std::int64_t words = row_words<E>(c.head_dim), v_words = row_words<E>(c.v_dim);
+  const bool copies_keys = !is_in_place<E>(c, c.k, c.head_dim), copies_values = !is_in_place<E>(c, c.v, c.v_dim);
+  BackwardSpace<E> w;
+  scratch().lay_out([&](auto& memory) {
+    memory.take(w.keys, copies_keys ? chunk * words : 0);
+    memory.take(w.values, copies_values ? chunk * v_words : 0);
+    memory.take(w.key_columns, elements<E>(chunk) * width);
+    memory.take(w.query_rows, kRows * words);
+    memory.take(w.d_out_rows, kRows * v_words);
+    memory.take(w.queries_t, elements<E>(c.head_dim) * kRows);
+    memory.take(w.queries, elements<E>(kRows) * width);
+    memory.take(w.d_out_t, elements<E>(c.v_dim) * kRows);
+    memory.take(w.d_out, elements<E>(kRows) * v_width);
+    memory.take(w.operand, tile);
+    for (float** array : {&w.weights, &w.capped, &w.dropped, &w.d_scores}) memory.take(*array, tile);
+    memory.take(w.row, width > v_width ? width : v_width);
+    memory.take(w.d_q, kRows * width);
+    memory.take(w.d_k, chunk * width);
+    memory.take(w.d_v, chunk * v_width);
+  });
   return w;
 }
 
-// to[r][d] = from[d][r]: the queries as rows again, so that a strip is read from memory once.
-inline void rows_of(const float* from, std::int64_t dim, std::int64_t width, float* to) {
-  for (int r = 0; r < kRows; ++r) {
-    for (std::int64_t d = 0; d < dim; ++d) to[r * width + d] = from[d * kRows + r];
-    for (std::int64_t d = dim; d < width; ++d) to[r * width + d] = 0.0f;
-  }
-}
+// The keys and values of a chunk, loaded once for all the queries that see them.
+template <class E>
+struct Chunk {
+  std::int64_t index, start, kv_head;
+  Left<E> k, v;      // [key][dim]
+  Right<E> k_right;  // inner dimension: the keys
+};
+
+// A strip of queries, as the four operands that the products need.
+template <class E>
+struct Queries {
+  Right<E> q_t, d_out_t;  // inner dimension: head_dim, v_dim
+  Right<E> q, d_out;      // inner dimension: the queries
+  bool q_finite, d_out_finite;
+};
 
 // C += A B over visible pairs only, where B holds an inf or NaN that some pair must not meet. With
 // by_key, C has a row per key and B a row per query; else the reverse.
-inline void careful_product(const tilewise_call& c, const Strip& s, std::int64_t j0, std::int64_t j1,
-                            const float* a, const float* b, std::int64_t b_row, float* to,
-                            std::int64_t to_row, std::int64_t dim, bool by_key) {
-  for (std::int64_t j = j0; j < j1; ++j)
+inline void careful_product(const tilewise_call& c, const Strip& s, Span span, const float* a,
+                            const tilewise_tensor& b, std::int64_t kv_head, float* to, std::int64_t to_row,
+                            std::int64_t dim, bool by_key) {
+  for (std::int64_t j = span.start; j < span.stop; ++j)
     for (int r = 0; r < s.rows; ++r) {
       if (!visible(c, s, r, j)) continue;
-      const float factor = a[(j - j0) * kRows + r];
-      const float* from = b + (by_key ? r : j - j0) * b_row;
-      float* target = to + (by_key ? j - j0 : r) * to_row;
-      for (std::int64_t d = 0; d < dim; ++d) target[d] += factor * from[d];
+      const float factor = a[(j - span.start) * kRows + r];
+      const std::int64_t from = by_key ? query_offset(b, s, r) : key_offset(c, b, s.batch, kv_head, j);
+      float* target = to + (by_key ? j - span.start : r) * to_row;
+      for (std::int64_t d = 0; d < dim; ++d) target[d] += factor * element(b, from + d * b.stride[3]);
     }
 }
 
+// P = 2^(S - lse). Lanes without a query get 0: their scores are 0, or NaN beside an infinite key.
 inline void recompute_weights(const Strip& s, std::int64_t keys, float* tile) {
   for (int v = 0; v < s.lanes; v += kLanes) {
     const Vec lse = load(s.lse + v);
+    const bool whole = v + kLanes <= s.rows;
+    const IntVec used = lane_index() + v < static_cast<std::int32_t>(s.rows);
     for (std::int64_t j = 0; j < keys; ++j) {
       float* at = tile + j * kRows + v;
-      store(at, exp2_vec((load(at) - lse) * kLog2E));
+      const Vec p = exp2_vec(load(at) - lse);
+      store(at, whole ? p : used ? p : all(0.0f));
     }
   }
 }
@@ -71,157 +92,190 @@ inline void score_gradient(const Strip& s, std::int64_t keys, const float* weigh
                            bool partial) {
   for (int v = 0; v < s.lanes; v += kLanes) {
     const Vec delta = load(s.delta + v);
+    const bool guarded = partial || v + kLanes > s.rows;
     for (std::int64_t j = 0; j < keys; ++j) {
       const std::int64_t at = j * kRows + v;
       const Vec p = load(weights + at), d = p * (load(d_scores + at) - delta);
-      store(d_scores + at, partial ? (p == 0.0f ? all(0.0f) : d) : d);
+      store(d_scores + at, guarded ? (p == 0.0f ? all(0.0f) : d) : d);
     }
   }
 }
 
-inline void bias_gradients(const tilewise_call& c, const Strip& s, std::int64_t chunk, std::int64_t j0,
-                           std::int64_t j1, const float* d_scores) {
-  for (int r = 0; r < s.rows; ++r) {
-    const std::int64_t part = (s.batch * c.q_heads + s.head[r]) * c.chunks + chunk;
-    if (c.d_alibi) {
-      float sum = 0.0f;
-      for (std::int64_t j = j0; j < j1; ++j) {
-        const std::int64_t apart = s.position[r] - j;
-        sum -= d_scores[(j - j0) * kRows + r] * static_cast<float>(apart < 0 ? -apart : apart);
-      }
-      c.d_alibi[part * c.q_len + s.query[r]] += sum;
-    }
-    if (c.d_bias) {
-      const std::int64_t* stride = c.d_bias_stride;
-      float* row = c.d_bias + s.batch * stride[0] + s.head[r] * stride[1] + s.query[r] * stride[2] +
-                   chunk * stride[4];
-      for (std::int64_t j = j0; j < j1; ++j) row[j * stride[3]] += d_scores[(j - j0) * kRows + r];
-    }
-    if (c.d_relative_bias) {
-      float* table = c.d_relative_bias + part * c.relative_entries;
-      for (std::int64_t j = j0; j < j1; ++j)
-        table[relative_entry(c, s, r, j)] += d_scores[(j - j0) * kRows + r];
-    }
+// d tanh: dS before the cap, from the capped score.
+inline void cap_gradient(const tilewise_call& c, std::int64_t count, const float* capped, float* d_scores) {
+  const float inverse = 1.0f / (c.softcap * kLog2E);
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    const Vec ratio = load(capped + i) * inverse, d = load(d_scores + i);
+    const Vec slope = d * (1.0f - ratio * ratio);
+    store(d_scores + i, d == 0.0f ? all(0.0f) : slope);
   }
 }
 
-struct QueryState {
-  bool queries_finite, d_out_finite;
-};
+// Sums of one query's dS over the keys [j0, j1), for each bias that has a gradient.
+inline void add_bias_gradients(const tilewise_call& c, const Strip& s, int r, std::int64_t chunk,
+                               std::int64_t j0, std::int64_t j1, const float* row) {
+  const std::int64_t part = (s.batch * c.q_heads + s.head[r]) * c.chunks + chunk;
+  if (c.d_alibi) {
+    float sum = 0.0f;
+    for (std::int64_t j = j0; j < j1; ++j) {
+      const std::int64_t apart = s.position[r] - j;
+      sum -= row[j - j0] * static_cast<float>(apart < 0 ? -apart : apart);
+    }
+    c.d_alibi[part * c.q_len + s.query[r]] += sum;
+  }
+  if (c.d_bias) {
+    const std::int64_t* stride = c.d_bias_stride;
+    float* to = c.d_bias + s.batch * stride[0] + s.head[r] * stride[1] + s.query[r] * stride[2] +
+                j0 * stride[3] + chunk * stride[4];
+    if (stride[3] == 1) {
+      for (std::int64_t j = 0; j < j1 - j0; ++j) to[j] += row[j];
+    } else {
+      for (std::int64_t j = 0; j < j1 - j0; ++j) to[j * stride[3]] += row[j];
+    }
+  }
+  if (c.d_relative_bias) {
+    const std::int64_t shift = relative_shift(c, s, r);
+    const Span span = relative_span(c, shift, j0, j1);
+    float* table = c.d_relative_bias + part * c.relative_entries;
+    for (std::int64_t j = span.start; j < span.stop; ++j) table[j + shift] += row[j - j0];
+  }
+}
 
-inline QueryState load_queries(const tilewise_call& c, Strip& s, const BackwardSpace& w) {
+inline void bias_gradients(const tilewise_call& c, const Strip& s, std::int64_t chunk, Span span,
+                           const float* d_scores) {
+  alignas(64) float by_query[kLanes * kKeys];
+  const std::int64_t keys = span.stop - span.start;
+  for (int v = 0; v < s.lanes; v += kLanes) {
+    for (std::int64_t j = 0; j < keys; j += kLanes)  // rows beyond the last key are room in the tile
+      transpose_words(d_scores + j * kRows + v, kRows, kLanes, by_query + j, kKeys);
+    for (int r = v; r < v + kLanes && r < s.rows; ++r)
+      add_bias_gradients(c, s, r, chunk, span.start, span.stop, by_query + (r - v) * kKeys);
+  }
+}
+
+template <class E>
+inline Queries<E> load_queries(const tilewise_call& c, Strip& s, const BackwardSpace<E>& w) {
   const std::int64_t width = padded(c.head_dim), v_width = padded(c.v_dim);
-  transpose_queries(c.q, s, c.head_dim, c.scale, w.row, w.queries_t);
-  transpose_queries(c.d_out, s, c.v_dim, 1.0f, w.row, w.d_out_t);
-  rows_of(w.queries_t, c.head_dim, width, w.queries);
-  rows_of(w.d_out_t, c.v_dim, v_width, w.d_out);
+  query_rows(c.q, s, c.head_dim, w.query_rows);
+  query_rows(c.d_out, s, c.v_dim, w.d_out_rows);
+  query_columns(w.query_rows, s, c.head_dim, w.queries_t);
+  query_columns(w.d_out_rows, s, c.v_dim, w.d_out_t);
   for (int r = 0; r < s.rows; ++r) {
     const std::int64_t at = (s.batch * c.q_heads + s.head[r]) * c.q_len + s.query[r];
     // A row without any weight has lse = -inf; +inf makes its recomputed weights 0.
-    s.lse[r] = c.lse[at] == -kInfinity ? kInfinity : c.lse[at];
+    s.lse[r] = c.lse[at] == -kInfinity ? kInfinity : c.lse[at] * kLog2E;
     s.delta[r] = c.delta[at];
   }
   std::memset(w.d_q, 0, static_cast<std::size_t>(kRows * width) * sizeof(float));
-  return {all_finite(w.queries, width, s.rows, c.head_dim), all_finite(w.d_out, v_width, s.rows, c.v_dim)};
+  Queries<E> q{{w.queries_t, kRows}, {w.d_out_t, kRows}, {}, {}, false, false};
+  q.q = interleaved(reinterpret_cast<const Number<E>*>(w.query_rows), row_words<E>(c.head_dim) * kWidth<E>,
+                    s.rows, width, w.queries);
+  q.d_out = interleaved(reinterpret_cast<const Number<E>*>(w.d_out_rows), row_words<E>(c.v_dim) * kWidth<E>,
+                        s.rows, v_width, w.d_out);
+  q.q_finite = all_finite(q.q, s.rows, c.head_dim);
+  q.d_out_finite = all_finite(q.d_out, s.rows, c.v_dim);
+  return q;
 }
 
-inline void backward_tile(const tilewise_call& c, const Strip& s, QueryState q, const BackwardSpace& w,
-                          std::int64_t chunk, std::int64_t chunk_start, std::int64_t j0, std::int64_t j1,
-                          bool partial) {
-  const std::int64_t width = padded(c.head_dim), v_width = padded(c.v_dim), keys = j1 - j0;
-  const std::int64_t b = s.batch, kv_head = s.head[0] / (c.q_heads / c.kv_heads);
-  float *d_k = w.d_k + (j0 - chunk_start) * width, *d_v = w.d_v + (j0 - chunk_start) * v_width;
-  const Rows k = key_rows(c, c.k, b, kv_head, j0, j1, c.head_dim, true, w.keys);
-  const Rows v = key_rows(c, c.v, b, kv_head, j0, j1, c.v_dim, false, w.values);
-  matmul(keys, s.vectors, c.head_dim, {k.data, k.stride, 1}, w.queries_t, kRows, w.weights, kRows, false);
-  if (c.softcap != 0.0f) {
-    soft_cap(w.weights, keys * kRows, c.softcap);
-    std::memcpy(w.capped, w.weights, static_cast<std::size_t>(keys * kRows) * sizeof(float));
-  }
-  add_biases(c, s, j0, j1, w.weights);
-  if (partial) mask_tile(c, s, j0, j1, w.weights);
+// S^T, P^T, and dV += P^T dO.
+template <class E>
+inline void value_gradient(const tilewise_call& c, const Strip& s, const Queries<E>& q, const Chunk<E>& chunk,
+                           const BackwardSpace<E>& w, Span span, bool partial) {
+  const std::int64_t v_width = padded(c.v_dim), keys = span.stop - span.start, j = span.start - chunk.start;
+  float* d_v = w.d_v + j * v_width;
+  scores(c, s, span, chunk.k.from(j), q.q_t, w.weights, w.capped);
+  if (partial) mask_tile(c, s, span.start, span.stop, w.weights);
   recompute_weights(s, keys, w.weights);
   const float* dropped = w.weights;
   if (c.keep_factor != 0.0f) {
-    drop(c, s, j0, j1, w.weights, w.dropped);
+    drop(c, s, span.start, span.stop, w.weights, w.dropped);
     dropped = w.dropped;
   }
   if (partial && !q.d_out_finite) {
-    careful_product(c, s, j0, j1, dropped, w.d_out, v_width, d_v, v_width, c.v_dim, true);
+    careful_product(c, s, span, dropped, c.d_out, chunk.kv_head, d_v, v_width, c.v_dim, true);
   } else {
-    matmul(keys, v_width / kLanes, s.rows, {dropped, kRows, 1}, w.d_out, v_width, d_v, v_width, true);
+    const Left<E> p = along_queries(dropped, kRows, keys, s.lanes, w.operand);
+    matmul(keys, v_width / kLanes, elements<E>(s.rows), p, q.d_out, d_v, v_width, {1.0f, true});
   }
-  matmul(keys, s.vectors, c.v_dim, {v.data, v.stride, 1}, w.d_out_t, kRows, w.d_scores, kRows, false);
-  if (c.keep_factor != 0.0f) drop(c, s, j0, j1, w.d_scores, w.d_scores);
+}
+
+// dP^T, dS^T, and with it dK and dQ.
+template <class E>
+inline void key_gradient(const tilewise_call& c, const Strip& s, const Queries<E>& q, const Chunk<E>& chunk,
+                         const BackwardSpace<E>& w, Span span, bool partial) {
+  const std::int64_t width = padded(c.head_dim), keys = span.stop - span.start, j = span.start - chunk.start;
+  float* d_k = w.d_k + j * width;
+  matmul(keys, s.vectors, elements<E>(c.v_dim), chunk.v.from(j), q.d_out_t, w.d_scores, kRows, {1.0f, false});
+  if (c.keep_factor != 0.0f) drop(c, s, span.start, span.stop, w.d_scores, w.d_scores);
   score_gradient(s, keys, w.weights, w.d_scores, partial);
-  if (c.d_alibi || c.d_bias || c.d_relative_bias) bias_gradients(c, s, chunk, j0, j1, w.d_scores);
-  if (c.softcap != 0.0f) {
-    const float inverse = 1.0f / c.softcap;
-    for (std::int64_t i = 0; i < keys * kRows; i += kLanes) {
-      const Vec ratio = load(w.capped + i) * inverse, d = load(w.d_scores + i);
-      const Vec slope = d * (1.0f - ratio * ratio);
-      store(w.d_scores + i, d == 0.0f ? all(0.0f) : slope);
-    }
-  }
-  if (partial && !q.queries_finite) {
-    careful_product(c, s, j0, j1, w.d_scores, w.queries, width, d_k, width, c.head_dim, true);
+  if (c.d_alibi || c.d_bias || c.d_relative_bias) bias_gradients(c, s, chunk.index, span, w.d_scores);
+  if (c.softcap != 0.0f) cap_gradient(c, keys * kRows, w.capped, w.d_scores);
+  if (partial && !q.q_finite) {
+    careful_product(c, s, span, w.d_scores, c.q, chunk.kv_head, d_k, width, c.head_dim, true);
   } else {
-    matmul(keys, width / kLanes, s.rows, {w.d_scores, kRows, 1}, w.queries, width, d_k, width, true);
+    const Left<E> d = along_queries(w.d_scores, kRows, keys, s.lanes, w.operand);
+    matmul(keys, width / kLanes, elements<E>(s.rows), d, q.q, d_k, width, {1.0f, true});
   }
-  if (partial && !all_finite(k.data, k.stride, keys, c.head_dim)) {
-    careful_product(c, s, j0, j1, w.d_scores, k.data, k.stride, w.d_q, width, c.head_dim, false);
+  const Right<E> k = chunk.k_right.from(j);
+  if (partial && !all_finite(k, keys, c.head_dim)) {
+    careful_product(c, s, span, w.d_scores, c.k, chunk.kv_head, w.d_q, width, c.head_dim, false);
   } else {
-    matmul(s.rows, width / kLanes, keys, {w.d_scores, 1, kRows}, k.data, k.stride, w.d_q, width, true);
+    const Left<E> d = along_keys(w.d_scores, kRows, keys, s.lanes, w.operand);
+    matmul(s.rows, width / kLanes, elements<E>(keys), d, k, w.d_q, width, {1.0f, true});
   }
 }
 
 inline void store_d_q(const tilewise_call& c, const Strip& s, std::int64_t chunk, const float* d_q) {
   const std::int64_t width = padded(c.head_dim);
-  const tilewise_tensor& t = c.d_q;
   for (int r = 0; r < s.rows; ++r) {
-    float* row = const_cast<float*>(d_q) + r * width;
-    for (std::int64_t d = 0; d < c.head_dim; ++d) row[d] *= c.scale;
+    const float* row = d_q + r * width;
     if (c.chunks == 1) {
-      const std::int64_t at = s.batch * t.stride[0] + s.head[r] * t.stride[1] + s.query[r] * t.stride[2];
-      write_row(t, at, t.stride[3], c.head_dim, row);
-    } else {
-      const std::int64_t at = ((chunk * c.batch + s.batch) * c.q_heads + s.head[r]) * c.q_len + s.query[r];
-      std::memcpy(c.d_q_parts + at * c.head_dim, row, static_cast<std::size_t>(c.head_dim) * sizeof(float));
+      write_row(c.d_q, query_offset(c.d_q, s, r), c.d_q.stride[3], c.head_dim, row, c.scale);
+      continue;
     }
+    const std::int64_t at = ((chunk * c.batch + s.batch) * c.q_heads + s.head[r]) * c.q_len + s.query[r];
+    float* to = c.d_q_parts + at * c.head_dim;
+    for (std::int64_t d = 0; d < c.head_dim; ++d) to[d] = row[d] * c.scale;
   }
 }
 
-void backward_task(const tilewise_call& c, std::int64_t b, std::int64_t kv_head, std::int64_t chunk,
+template <class E>
+void backward_task(const tilewise_call& c, std::int64_t b, std::int64_t kv_head, std::int64_t index,
                    std::int64_t start, std::int64_t stop) {
-  const BackwardSpace w = backward_space(c, stop - start);
+  const BackwardSpace<E> w = backward_space<E>(c, stop - start);
   const std::int64_t width = padded(c.head_dim), v_width = padded(c.v_dim), length = stop - start;
   const std::int64_t rows = c.q_heads / c.kv_heads * c.q_len;
   std::memset(w.d_k, 0, static_cast<std::size_t>(length * width) * sizeof(float));
   std::memset(w.d_v, 0, static_cast<std::size_t>(length * v_width) * sizeof(float));
+  Chunk<E> chunk{index, start, kv_head, {}, {}, {}};
+  if (start < stop) {
+    chunk.k = key_rows(c, c.k, b, kv_head, start, stop, c.head_dim, w.keys);
+    chunk.v = key_rows(c, c.v, b, kv_head, start, stop, c.v_dim, w.values);
+    chunk.k_right = key_columns(c, c.k, b, kv_head, start, stop, c.head_dim, w.key_columns, w.row);
+  }
   Strip s;
   for (std::int64_t first = 0; first < rows; first += kRows) {
     set_strip(c, s, b, kv_head, first, rows - first < kRows ? rows - first : kRows);
     const std::int64_t low = s.first_key > start ? s.first_key : start;
     const std::int64_t high = s.last_key < stop ? s.last_key : stop;
-    if (low >= high && c.chunks > 1) {
+    if (low >= high) {
       std::memset(w.d_q, 0, static_cast<std::size_t>(kRows * width) * sizeof(float));
-      store_d_q(c, s, chunk, w.d_q);
-      continue;
+    } else {
+      const Queries<E> q = load_queries(c, s, w);
+      for (std::int64_t j0 = low / kKeys * kKeys; j0 < high; j0 += kKeys) {
+        const Span span = trimmed<E>(s, j0, j0 + kKeys < stop ? j0 + kKeys : stop);
+        const State state = classify(c, s, span.start, span.stop);
+        if (state == kSkip) continue;
+        value_gradient(c, s, q, chunk, w, span, state == kPartial);
+        key_gradient(c, s, q, chunk, w, span, state == kPartial);
+      }
     }
-    const QueryState q = load_queries(c, s, w);
-    for (std::int64_t j0 = low / kKeys * kKeys; j0 < high; j0 += kKeys) {
-      const Span span = trimmed(s, j0, j0 + kKeys < stop ? j0 + kKeys : stop);
-      const State state = classify(c, s, span.start, span.stop);
-      if (state != kSkip) backward_tile(c, s, q, w, chunk, start, span.start, span.stop, state == kPartial);
-    }
-    store_d_q(c, s, chunk, w.d_q);
+    store_d_q(c, s, index, w.d_q);
   }
-  for (std::int64_t j = start; j < stop; ++j) {  // the queries carried the scale into dK
+  for (std::int64_t j = start; j < stop; ++j) {
     const std::int64_t i = j - start;
-    write_row(c.d_k, b * c.d_k.stride[0] + kv_head * c.d_k.stride[1] + j * c.d_k.stride[2], c.d_k.stride[3],
-              c.head_dim, w.d_k + i * width);
-    write_row(c.d_v, b * c.d_v.stride[0] + kv_head * c.d_v.stride[1] + j * c.d_v.stride[2], c.d_v.stride[3],
-              c.v_dim, w.d_v + i * v_width);
+    write_row(c.d_k, key_offset(c, c.d_k, b, kv_head, j), c.d_k.stride[3], c.head_dim, w.d_k + i * width, c.scale);
+    write_row(c.d_v, key_offset(c, c.d_v, b, kv_head, j), c.d_v.stride[3], c.v_dim, w.d_v + i * v_width, 1.0f);
   }
 }
 
@@ -233,34 +287,72 @@ void add_parts(const tilewise_call& c, std::int64_t row) {
     for (std::int64_t d = 0; d < n; ++d) sum[d] += c.d_q_parts[(part * rows + row) * n + d];
   const std::int64_t i = row % c.q_len, h = row / c.q_len % c.q_heads, b = row / c.q_len / c.q_heads;
   const tilewise_tensor& t = c.d_q;
-  write_row(t, b * t.stride[0] + h * t.stride[1] + i * t.stride[2], t.stride[3], n, sum);
+  write_row(t, b * t.stride[0] + h * t.stride[1] + i * t.stride[2], t.stride[3], n, sum, 1.0f);
 }
 
-bool run_backward(const tilewise_call& c, tilewise_parallel_for parallel_for) {
+// delta = rowsum(dO * O), less the gradient of lse (Algorithm 2, line 4), for some rows.
+inline void row_deltas(const tilewise_call& c, std::int64_t first, std::int64_t stop) {
+  const std::int64_t width = padded(c.v_dim);
+  float *out = nullptr, *d_out = nullptr;
+  scratch().lay_out([&](Scratch& memory) {
+    memory.take(out, width);
+    memory.take(d_out, width);
+  });
+  for (std::int64_t row = first; row < stop; ++row) {
+    const std::int64_t i = row % c.q_len, h = row / c.q_len % c.q_heads, b = row / c.q_len / c.q_heads;
+    const auto read = [&](const tilewise_tensor& t, float* to) {
+      read_row(t, b * t.stride[0] + h * t.stride[1] + i * t.stride[2], t.stride[3], c.v_dim, to, width);
+    };
+    read(c.out, out);
+    read(c.d_out, d_out);
+    Vec sum{};
+    for (std::int64_t d = 0; d < width; d += kLanes) sum += load(out + d) * load(d_out + d);
+    float delta = 0.0f;
+    for (int lane = 0; lane < kLanes; ++lane) delta += sum[lane];
+    if (c.d_lse) delta -= c.d_lse[b * c.d_lse_stride[0] + h * c.d_lse_stride[1] + i * c.d_lse_stride[2]];
+    c.delta[row] = delta;
+  }
+}
+
+// task(first, stop) for all rows [batch, q_heads, q_len], some at a time.
+template <class Task>
+bool run_rows(const tilewise_call& c, tilewise_parallel_for parallel_for, const Task& task) {
+  const std::int64_t rows = c.batch * c.q_heads * c.q_len, block = 256;
+  return run_tasks((rows + block - 1) / block, useful_threads(c), parallel_for, [&](std::int64_t n) {
+    task(n * block, (n + 1) * block < rows ? (n + 1) * block : rows);
+  });
+}
+
+template <class E>
+bool backward_of(const tilewise_call& c, tilewise_parallel_for parallel_for) {
+  if (!run_rows(c, parallel_for, [&](std::int64_t first, std::int64_t stop) { row_deltas(c, first, stop); }))
+    return false;
   const std::int64_t heads = c.batch * c.kv_heads;
   const std::int64_t tiles = (c.kv_len + kKeys - 1) / kKeys;
   const std::int64_t size = (tiles + c.chunks - 1) / c.chunks * kKeys;
   const auto run_part = [&](std::int64_t head, std::int64_t chunk) {
     const std::int64_t start = chunk * size < c.kv_len ? chunk * size : c.kv_len;
     const std::int64_t stop = start + size < c.kv_len ? start + size : c.kv_len;
-    backward_task(c, head / c.kv_heads, head % c.kv_heads, chunk, start, stop);
+    backward_task<E>(c, head / c.kv_heads, head % c.kv_heads, chunk, start, stop);
   };
   // First chunks first: under a causal mask the most queries see them. A bias shared between heads is
   // summed by one task per chunk, head after head: no atomic adds, no copy of the bias per head.
   const bool done =
       c.d_bias_shared
-          ? run_tasks(c.chunks, c.threads, parallel_for,
+          ? run_tasks(c.chunks, useful_threads(c), parallel_for,
                       [&](std::int64_t chunk) {
                         for (std::int64_t head = 0; head < heads; ++head) run_part(head, chunk);
                       })
-          : run_tasks(heads * c.chunks, c.threads, parallel_for,
+          : run_tasks(heads * c.chunks, useful_threads(c), parallel_for,
                       [&](std::int64_t task) { run_part(task % heads, task / heads); });
-  if (!done || c.chunks == 1) return done;
-  const std::int64_t rows = c.batch * c.q_heads * c.q_len, block = 64;
-  return run_tasks((rows + block - 1) / block, c.threads, parallel_for, [&](std::int64_t task) {
-    const std::int64_t stop = (task + 1) * block < rows ? (task + 1) * block : rows;
-    for (std::int64_t row = task * block; row < stop; ++row) add_parts(c, row);
-  });
+  return done && (c.chunks == 1 || run_rows(c, parallel_for, [&](std::int64_t first, std::int64_t stop) {
+                    for (std::int64_t row = first; row < stop; ++row) add_parts(c, row);
+                  }));
+}
+
+bool run_backward(const tilewise_call& c, tilewise_parallel_for parallel_for) {
+  const bool pairs = takes_pairs(c) && c.d_out.dtype == TILEWISE_BFLOAT16;
+  return pairs ? backward_of<Lowest>(c, parallel_for) : backward_of<float>(c, parallel_for);
 }
 
 }  // namespace

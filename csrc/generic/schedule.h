@@ -10,37 +10,58 @@ namespace {
 // Memory of one worker, kept by its thread from call to call and grown when a call needs more.
 class Scratch {
  public:
-  float* reserve(std::size_t floats) {
-    if (floats > size_) {
-      memory_.reset();
-      size_ = 0;
-      void* p = std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
-      if (p == nullptr) throw std::bad_alloc();
-      memory_.reset(static_cast<float*>(p));
-      size_ = floats;
-    }
+  // plan(self) calls take() for each array; it runs twice, first to count and then to place them.
+  template <class Plan>
+  void lay_out(const Plan& plan) {
     used_ = 0;
-    return memory_.get();
+    placing_ = false;
+    plan(*this);
+    if (used_ > size_) grow(used_);
+    used_ = 0;
+    placing_ = true;
+    plan(*this);
   }
-  // The next n floats, on a cache line of their own.
-  float* take(std::int64_t n) {
-    float* p = memory_.get() + used_;
-    used_ += aligned(n);
-    return p;
+  // n objects on cache lines of their own.
+  template <class T>
+  void take(T*& array, std::int64_t n) {
+    if (placing_) array = reinterpret_cast<T*>(memory_.get() + used_);
+    used_ += (static_cast<std::size_t>(n) * sizeof(T) + 63) / 64 * 64;
   }
-  static std::size_t aligned(std::int64_t n) { return static_cast<std::size_t>((n + 15) / 16 * 16); }
 
  private:
+  void grow(std::size_t bytes) {
+    memory_.reset();
+    size_ = 0;
+    void* p = std::aligned_alloc(64, bytes);
+    if (p == nullptr) throw std::bad_alloc();
+    memory_.reset(static_cast<char*>(p));
+    size_ = bytes;
+  }
+
   struct Free {
-    void operator()(float* p) const { std::free(p); }
+    void operator()(char* p) const { std::free(p); }
   };
-  std::unique_ptr<float, Free> memory_;
+  std::unique_ptr<char, Free> memory_;
   std::size_t size_ = 0, used_ = 0;
+  bool placing_ = false;
 };
 
 inline Scratch& scratch() {
   thread_local Scratch memory;
   return memory;
+}
+
+// What the tasks of a call share, owned by the calling thread, whose own tasks use scratch().
+inline Scratch& shared_scratch() {
+  thread_local Scratch memory;
+  return memory;
+}
+
+// Below 2 MFLOP, some 10 us, waking the other threads costs more than they save.
+inline int useful_threads(const tilewise_call& c) {
+  const double work = 2.0 * static_cast<double>(c.batch * c.q_heads * c.q_len) *
+                      static_cast<double>(c.kv_len * (c.head_dim + c.v_dim));
+  return work < 2e6 ? 1 : c.threads;
 }
 
 template <class Task>

@@ -1,42 +1,93 @@
-// Step scores: what is added to scale * q.k, on one tile [keys][kRows]; and dropout.
+// Step scores: one tile [keys][kRows] of them, from product to biases; and dropout. Scores are kept in units
+// of log 2, as score * log2(e), so that a softmax needs 2^x and no multiplication by entry.
 
 namespace {
 
-inline void soft_cap(float* tile, std::int64_t count, float softcap) {
-  for (std::int64_t i = 0; i < count; i += kLanes)
-    store(tile + i, tanh_vec(load(tile + i) / softcap) * softcap);
+// tanh to 2 ulp: an odd polynomial where 1 - 2 / (e^2x + 1) would cancel.
+inline Vec tanh_vec(Vec x) {
+  const Vec a = magnitude(x), u = x * x;
+  Vec p = all(2.06464762e-3f);
+  p = p * u - 8.09194893e-3f;
+  p = p * u + 2.16663387e-2f;
+  p = p * u - 5.39405607e-2f;
+  p = p * u + 1.33331582e-1f;
+  p = p * u - 3.33333284e-1f;
+  const Vec near_zero = x + x * u * p;
+  const Vec capped = a > 15.0f ? all(15.0f) : a;
+  const Vec e = exp2_vec(capped * (2 * kLog2E));
+  const Vec far = 1.0f - 2.0f / (e + 1.0f);
+  const Vec with_sign = from_bits((bits(far) & 0x7fffffff) | (bits(x) & (std::int32_t)0x80000000));
+  return a < 0.625f ? near_zero : with_sign;
 }
 
-inline std::int64_t relative_entry(const tilewise_call& c, const Strip& s, int r, std::int64_t j) {
-  // Only masked entries lie outside the table.
-  return clamp(j - s.position[r] + c.relative_zero, 0, c.relative_entries - 1);
+inline void soft_cap(float* tile, std::int64_t count, float softcap) {
+  for (std::int64_t i = 0; i < count; i += kLanes)
+    store(tile + i, tanh_vec(load(tile + i) / softcap) * (softcap * kLog2E));
+}
+
+// The entries of [j0, j1) whose place in the relative bias, j + shift, exists; the others are masked.
+inline Span relative_span(const tilewise_call& c, std::int64_t shift, std::int64_t j0, std::int64_t j1) {
+  const std::int64_t start = clamp(-shift, j0, j1);
+  return {start, clamp(c.relative_entries - shift, start, j1)};
+}
+
+inline std::int64_t relative_shift(const tilewise_call& c, const Strip& s, int r) {
+  return c.relative_zero - s.position[r];
+}
+
+// Bias and relative bias are stored by query: the rows of kLanes queries are summed, then transposed.
+inline void add_stored_biases(const tilewise_call& c, const Strip& s, std::int64_t j0, std::int64_t j1,
+                              float* tile) {
+  alignas(64) float by_query[kLanes * kKeys], by_key[kKeys * kLanes];
+  const std::int64_t keys = j1 - j0;
+  for (int v = 0; v < s.lanes; v += kLanes) {
+    std::memset(by_query, 0, sizeof by_query);
+    for (int r = v; r < v + kLanes && r < s.rows; ++r) {
+      float* row = by_query + (r - v) * kKeys;
+      if (c.bias.data)
+        read_row(c.bias, query_offset(c.bias, s, r) + j0 * c.bias.stride[3], c.bias.stride[3], keys, row, keys);
+      if (c.relative_bias) {
+        const std::int64_t shift = relative_shift(c, s, r);
+        const Span span = relative_span(c, shift, j0, j1);
+        const float* table = c.relative_bias + s.head[r] * c.relative_entries;
+        for (std::int64_t j = span.start; j < span.stop; ++j) row[j - j0] += table[j + shift];
+      }
+    }
+    transpose_words(by_query, kKeys, keys, by_key, kLanes);
+    for (std::int64_t j = 0; j < keys; ++j) {
+      float* at = tile + j * kRows + v;
+      store(at, load(at) + load(by_key + j * kLanes) * kLog2E);
+    }
+  }
 }
 
 inline void add_biases(const tilewise_call& c, const Strip& s, std::int64_t j0, std::int64_t j1,
                        float* tile) {
-  if (c.bias.data) {
-    const tilewise_tensor& t = c.bias;
-    for (int r = 0; r < s.rows; ++r) {
-      const std::int64_t at = s.batch * t.stride[0] + s.head[r] * t.stride[1] + s.query[r] * t.stride[2];
-      for (std::int64_t j = j0; j < j1; ++j)
-        tile[(j - j0) * kRows + r] += element(t, at + j * t.stride[3]);
-    }
-  }
+  if (c.bias.data || c.relative_bias) add_stored_biases(c, s, j0, j1, tile);
   if (c.alibi.data) {
-    for (std::int64_t j = j0; j < j1; ++j)
-      for (int v = 0; v < s.lanes; v += kLanes) {
+    for (int v = 0; v < s.lanes; v += kLanes) {
+      const Vec slope = load(s.slope + v) * kLog2E;
+      for (std::int64_t j = j0; j < j1; ++j) {
         const IntVec apart = load_int(s.position + v) - static_cast<std::int32_t>(j);
         float* at = tile + (j - j0) * kRows + v;
-        store(at, load(at) - load(s.slope + v) * magnitude(to_float(apart)));
+        store(at, load(at) - slope * magnitude(to_float(apart)));
       }
-  }
-  if (c.relative_bias) {
-    for (int r = 0; r < s.rows; ++r) {
-      const float* table = c.relative_bias + s.head[r] * c.relative_entries;
-      for (std::int64_t j = j0; j < j1; ++j)
-        tile[(j - j0) * kRows + r] += table[relative_entry(c, s, r, j)];
     }
   }
+}
+
+// S^T = K Q^T, capped and biased. `capped` keeps the capped products for the derivative, if not null.
+template <class E>
+inline void scores(const tilewise_call& c, const Strip& s, Span span, Left<E> k, Right<E> q, float* tile,
+                   float* capped) {
+  const std::int64_t keys = span.stop - span.start;
+  const float unit = c.softcap != 0.0f ? 1.0f : kLog2E;
+  matmul(keys, s.vectors, elements<E>(c.head_dim), k, q, tile, kRows, {c.scale * unit, false});
+  if (c.softcap != 0.0f) {
+    soft_cap(tile, keys * kRows, c.softcap);
+    if (capped) std::memcpy(capped, tile, static_cast<std::size_t>(keys * kRows) * sizeof(float));
+  }
+  add_biases(c, s, span.start, span.stop, tile);
 }
 
 // Philox 4x32-10 for four keys of every query of the strip; the lanes make it vector code.

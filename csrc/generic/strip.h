@@ -32,9 +32,11 @@ struct Span {
 };
 
 // The keys of [j0, j1) between the first and the last that the strip may see: at a causal diagonal this
-// saves half a tile a strip, 15 % at 1024 keys.
+// saves half a tile a strip, 15 % at 1024 keys. j0 is even; pairs are not torn apart.
+template <class E>
 inline Span trimmed(const Strip& s, std::int64_t j0, std::int64_t j1) {
-  const std::int64_t start = s.first_key > j0 ? s.first_key : j0, stop = s.last_key < j1 ? s.last_key : j1;
+  const std::int64_t start = s.first_key > j0 ? s.first_key / kWidth<E> * kWidth<E> : j0;
+  const std::int64_t last = elements<E>(s.last_key) * kWidth<E>, stop = last < j1 ? last : j1;
   return {start, stop < start ? start : stop};
 }
 
@@ -58,24 +60,21 @@ inline void set_runs(const tilewise_call& c, Strip& s, int r) {
 // Queries [first, first + rows) of the virtual rows of one kv head.
 inline void set_strip(const tilewise_call& c, Strip& s, std::int64_t b, std::int64_t kv_head,
                       std::int64_t first, std::int64_t rows) {
-  const std::int64_t group = c.q_heads / c.kv_heads;
   s.batch = b;
   s.rows = rows;
   s.vectors = static_cast<int>((rows + kLanes - 1) / kLanes);
   s.lanes = s.vectors * kLanes;
   s.first_key = c.kv_len;
   s.last_key = 0;
-  for (int r = 0; r < kRows; ++r) {
+  std::int64_t i = first % c.q_len, h = kv_head * (c.q_heads / c.kv_heads) + first / c.q_len;
+  for (int r = 0; r < s.lanes; ++r) {
     s.maximum[r] = -kInfinity;
     s.total[r] = s.slope[r] = s.delta[r] = 0.0f;
     s.lse[r] = kInfinity;  // recomputed weights of an unused lane: exp(-inf) = 0
     s.position[r] = 0;
-    if (r >= rows) {
-      s.head[r] = s.query[r] = 0;
-      for (int k = 0; k < 2; ++k) s.start[k][r] = s.stop[k][r] = 0;
-      continue;
-    }
-    const std::int64_t i = (first + r) % c.q_len, h = kv_head * group + (first + r) / c.q_len;
+    s.head[r] = s.query[r] = 0;
+    for (int k = 0; k < 2; ++k) s.start[k][r] = s.stop[k][r] = 0;
+    if (r >= rows) continue;
     s.head[r] = h;
     s.query[r] = i;
     s.position[r] = static_cast<std::int32_t>(
@@ -87,6 +86,10 @@ inline void set_strip(const tilewise_call& c, Strip& s, std::int64_t b, std::int
       if (s.start[k][r] >= s.stop[k][r]) continue;
       if (s.start[k][r] < s.first_key) s.first_key = s.start[k][r];
       if (s.stop[k][r] > s.last_key) s.last_key = s.stop[k][r];
+    }
+    if (++i == c.q_len) {
+      i = 0;
+      ++h;
     }
   }
 }
@@ -105,29 +108,37 @@ inline bool visible(const tilewise_call& c, const Strip& s, int r, std::int64_t 
   return (j >= s.start[0][r] && j < s.stop[0][r]) || (j >= s.start[1][r] && j < s.stop[1][r]);
 }
 
+inline State classify_bitmap(const tilewise_call& c, const Strip& s, std::int64_t j0, std::int64_t j1) {
+  bool any = false, every = true;
+  for (int r = 0; r < s.rows; ++r)
+    for (std::int64_t j = j0; j < j1; j = j / 64 * 64 + 64) {
+      const std::int32_t code = tile_code(c, s, r, j);
+      any |= code != 0;
+      every &= code == 1;
+    }
+  return !any ? kSkip : every ? kFull : kPartial;
+}
+
+inline IntVec overlap(const std::int32_t* start, const std::int32_t* stop, std::int32_t j0, std::int32_t j1) {
+  const IntVec first = load_int(start), last = load_int(stop);
+  const IntVec length = (last < j1 ? last : all_int(j1)) - (first > j0 ? first : all_int(j0));
+  return length > 0 ? length : IntVec{};
+}
+
 // Whether the tile [j0, j1) of the strip is skipped, partial or full.
 inline State classify(const tilewise_call& c, const Strip& s, std::int64_t j0, std::int64_t j1) {
-  bool any = false, every = true;
   if (j0 >= j1) return kSkip;
-  for (int r = 0; r < s.rows; ++r) {
-    if (c.mask_kind == TILEWISE_BITMAP) {
-      for (std::int64_t j = j0; j < j1; j = j / 64 * 64 + 64) {
-        const std::int32_t code = tile_code(c, s, r, j);
-        any |= code != 0;
-        every &= code == 1;
-      }
-      continue;
-    }
-    std::int64_t seen = 0;
-    for (int k = 0; k < 2; ++k) {
-      const std::int64_t low = s.start[k][r] > j0 ? s.start[k][r] : j0;
-      const std::int64_t high = s.stop[k][r] < j1 ? s.stop[k][r] : j1;
-      if (high > low) seen += high - low;
-    }
-    any |= seen > 0;
-    every &= seen == j1 - j0;
+  if (c.mask_kind == TILEWISE_BITMAP) return classify_bitmap(c, s, j0, j1);
+  const auto first = static_cast<std::int32_t>(j0), last = static_cast<std::int32_t>(j1);
+  const IntVec lane = lane_index();
+  IntVec any{}, missing{};
+  for (int v = 0; v < s.lanes; v += kLanes) {
+    const IntVec seen = overlap(s.start[0] + v, s.stop[0] + v, first, last) +
+                        overlap(s.start[1] + v, s.stop[1] + v, first, last);
+    any |= seen;
+    missing |= (lane + v < static_cast<std::int32_t>(s.rows)) & (seen != last - first);
   }
-  return !any ? kSkip : every ? kFull : kPartial;
+  return !is_any(any) ? kSkip : is_any(missing) ? kPartial : kFull;
 }
 
 // Step mask_tile: -inf where a key is hidden. tile is [j1 - j0][kRows].
@@ -149,18 +160,27 @@ inline void mask_tile(const tilewise_call& c, const Strip& s, std::int64_t j0, s
   }
 }
 
-// Queries as columns: to[d][r] = factor * row r; zero in unused lanes.
-inline void transpose_queries(const tilewise_tensor& t, const Strip& s, std::int64_t dim, float factor,
-                              float* row, float* to) {
-  for (int r = 0; r < kRows; ++r) {
-    if (r >= s.rows) {
-      for (std::int64_t d = 0; d < dim; ++d) to[d * kRows + r] = 0.0f;
-      continue;
-    }
-    read_row(t, s.batch * t.stride[0] + s.head[r] * t.stride[1] + s.query[r] * t.stride[2], t.stride[3],
-             dim, row);
-    for (std::int64_t d = 0; d < dim; ++d) to[d * kRows + r] = factor * row[d];
-  }
+inline std::int64_t query_offset(const tilewise_tensor& t, const Strip& s, int r) {
+  return s.batch * t.stride[0] + s.head[r] * t.stride[1] + s.query[r] * t.stride[2];
+}
+
+// Step load_tile: the strip's queries (or output gradients) as rows of row_words(dim) words, zero in
+// unused lanes.
+template <class E>
+inline void query_rows(const tilewise_tensor& t, const Strip& s, std::int64_t dim, E* to) {
+  const std::int64_t words = row_words<E>(dim), used = s.rows < s.lanes ? s.rows : s.lanes;
+  for (int r = 0; r < used; ++r)
+    read_row(t, query_offset(t, s, r), t.stride[3], dim, reinterpret_cast<Number<E>*>(to + r * words),
+             words * kWidth<E>);
+  std::memset(to + used * words, 0, static_cast<std::size_t>((s.lanes - used) * words) * sizeof(E));
+}
+
+// Those rows as columns, to[elements(dim)][kRows]: a right operand whose inner dimension is dim.
+template <class E>
+inline void query_columns(const E* rows, const Strip& s, std::int64_t dim, E* to) {
+  const std::int64_t words = row_words<E>(dim);
+  for (int v = 0; v < s.lanes; v += kLanes)
+    transpose_words(rows + v * words, words, elements<E>(dim), to + v, kRows);
 }
 
 }  // namespace

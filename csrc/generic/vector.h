@@ -30,13 +30,39 @@ inline IntVec lane_index() {
   for (int i = 0; i < kLanes; ++i) v[i] = i;
   return v;
 }
+inline bool is_any(IntVec v) {
+  std::int32_t word = 0;
+  for (int i = 0; i < kLanes; ++i) word |= v[i];
+  return word != 0;
+}
 inline IntVec bits(Vec v) { return (IntVec)v; }
 inline Vec from_bits(IntVec v) { return (Vec)v; }
 
-// NaN in either operand gives NaN in the result, as torch.maximum does.
-inline Vec larger(Vec a, Vec b) { return (a < b) | (b != b) ? b : a; }
 inline Vec magnitude(Vec v) { return from_bits(bits(v) & 0x7fffffff); }
 inline Vec to_float(IntVec v) { return __builtin_convertvector(v, Vec); }
+
+// Lanes of a and b in turn: the first half of each, the second half of each.
+#if defined(__clang__)
+inline IntVec zip(IntVec a, IntVec b, int first) {
+  IntVec v;
+  for (int i = 0; i < kLanes / 2; ++i) {
+    v[2 * i] = a[first + i];
+    v[2 * i + 1] = b[first + i];
+  }
+  return v;
+}
+#else
+inline IntVec zip(IntVec a, IntVec b, int first) {
+  IntVec from;
+  for (int i = 0; i < kLanes / 2; ++i) {
+    from[2 * i] = first + i;
+    from[2 * i + 1] = kLanes + first + i;
+  }
+  return __builtin_shuffle(a, b, from);
+}
+#endif
+inline IntVec zip_low(IntVec a, IntVec b) { return zip(a, b, 0); }
+inline IntVec zip_high(IntVec a, IntVec b) { return zip(a, b, kLanes / 2); }
 
 inline Vec load_bfloat(const std::uint16_t* p) {
   HalfWords w;
@@ -99,6 +125,21 @@ inline std::uint16_t float_to_half(float x) {
   return static_cast<std::uint16_t>(sign | result);
 }
 
+// Bit 16 up: the bfloat16 nearest to each lane, ties to even; NaN stays NaN.
+inline IntVec bfloat_bits(Vec v) {
+  const IntVec word = bits(v), rounded = word + 0x7fff + ((word >> 16) & 1);
+  return (word & 0x7fffffff) > 0x7f800000 ? word | 0x400000 : rounded;
+}
+inline void store_bfloat_portable(std::uint16_t* p, Vec v) {
+  typedef std::uint32_t Unsigned __attribute__((vector_size(kBytes)));
+  const HalfWords words = __builtin_convertvector((Unsigned)bfloat_bits(v) >> 16, HalfWords);
+  std::memcpy(p, &words, sizeof words);
+}
+// Lane by lane a pair of bfloat16 numbers, `even` in the low half.
+inline IntVec pair_words_portable(Vec even, Vec odd) {
+  return ((bfloat_bits(even) >> 16) & 0xffff) | (bfloat_bits(odd) & (std::int32_t)0xffff0000);
+}
+
 inline Vec load_half_portable(const std::uint16_t* p) {
   Vec v;
   for (int i = 0; i < kLanes; ++i) v[i] = half_to_float(p[i]);
@@ -107,7 +148,7 @@ inline Vec load_half_portable(const std::uint16_t* p) {
 
 // 2^t for t <= 127 to 1 ulp: t = n + f, |f| <= 1/2, degree-6 minimax polynomial (relative error 1.9e-9).
 // Below 2^-126 the result is 0, so that no denormal slows what follows; NaN stays NaN.
-inline Vec exp2_vec(Vec t) {
+inline Vec exp2_portable(Vec t) {
   t = t < -127.0f ? all(-127.0f) : t;
   const Vec shifted = t + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
   const Vec f = t - (shifted - 12582912.0f);
@@ -122,22 +163,5 @@ inline Vec exp2_vec(Vec t) {
 }
 
 constexpr float kLog2E = 1.44269504088896341f;
-
-// tanh to 2 ulp: an odd polynomial where 1 - 2 / (e^2x + 1) would cancel.
-inline Vec tanh_vec(Vec x) {
-  const Vec a = magnitude(x), u = x * x;
-  Vec p = all(2.06464762e-3f);
-  p = p * u - 8.09194893e-3f;
-  p = p * u + 2.16663387e-2f;
-  p = p * u - 5.39405607e-2f;
-  p = p * u + 1.33331582e-1f;
-  p = p * u - 3.33333284e-1f;
-  const Vec near_zero = x + x * u * p;
-  const Vec capped = a > 15.0f ? all(15.0f) : a;
-  const Vec e = exp2_vec(capped * (2 * kLog2E));
-  const Vec far = 1.0f - 2.0f / (e + 1.0f);
-  const Vec with_sign = from_bits((bits(far) & 0x7fffffff) | (bits(x) & (std::int32_t)0x80000000));
-  return a < 0.625f ? near_zero : with_sign;
-}
 
 }  // namespace

@@ -9,6 +9,7 @@ constexpr int kAccumulators = 8;   // vectors that stay in registers during a ti
 constexpr int kPanelVectors = 2;   // vectors side by side in a tile product
 constexpr int kStripVectors = 4;   // queries of a strip, in vectors
 const char* const kIsa = "baseline";
+constexpr bool kPairs = false;  // no bfloat16 dot product
 
 }  // namespace
 
@@ -17,5 +18,10 @@ const char* const kIsa = "baseline";
 namespace {
 
 Vec load_half(const std::uint16_t* p) { return load_half_portable(p); }
+
+Vec larger(Vec candidate, Vec running) { return candidate > running ? candidate : running; }
+Vec exp2_vec(Vec t) { return exp2_portable(t); }
+void store_bfloat(std::uint16_t* p, Vec v) { store_bfloat_portable(p, v); }
+IntVec pair_words(Vec even, Vec odd) { return pair_words_portable(even, odd); }
 
 }  // namespace

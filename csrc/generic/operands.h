@@ -1,0 +1,169 @@
+// What a tile product multiplies: floats, or pairs of bfloat16 numbers.
+//
+// A product sums along its inner dimension. An element is what one lane takes of it in one step: one
+// float, or two bfloat16 numbers that are neighbours along that dimension, the first in the low half.
+// Processors with bfloat16 dot products take a pair a lane at the rate of one float. Either is one 32-bit
+// word, so moving and transposing operands is the same code for both.
+#include <initializer_list>
+#include <type_traits>
+
+namespace {
+
+struct __attribute__((packed, aligned(2))) Pair {
+  std::uint32_t word;
+};
+
+template <class E>
+struct Traits;
+template <>
+struct Traits<float> {
+  using Number = float;
+  static constexpr int kWidth = 1;  // numbers in an element
+};
+template <>
+struct Traits<Pair> {
+  using Number = std::uint16_t;
+  static constexpr int kWidth = 2;
+};
+template <class E>
+using Number = typename Traits<E>::Number;
+template <class E>
+constexpr int kWidth = Traits<E>::kWidth;
+
+// Elements that hold n numbers.
+template <class E>
+inline std::int64_t elements(std::int64_t n) {
+  return (n + kWidth<E> - 1) / kWidth<E>;
+}
+
+// n, up to a whole number of vectors.
+inline std::int64_t padded(std::int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Words of a row that holds n numbers and may be read in whole vectors.
+template <class E>
+inline std::int64_t row_words(std::int64_t n) {
+  return padded(elements<E>(n));
+}
+
+// The left operand, read one element at a time, so it may have any strides.
+template <class E>
+struct Left {
+  const E* data;
+  std::int64_t row, column;
+  Left from(std::int64_t i) const { return {data + i * row, row, column}; }
+};
+
+// The right operand: rows of whole vectors, one row per element of the inner dimension.
+template <class E>
+struct Right {
+  const E* data;
+  std::int64_t row;
+  // From the i-th number of the inner dimension on; i is a multiple of the width.
+  Right from(std::int64_t i) const { return {data + i / kWidth<E> * row, row}; }
+};
+
+inline IntVec load_words(const void* p) {
+  IntVec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store_words(void* p, IntVec v) { std::memcpy(p, &v, sizeof v); }
+
+// to[p][r] = from[r][p] for kLanes rows of `words` words; both may be read and written in whole vectors.
+// log2(kLanes) perfect shuffles of kLanes vectors.
+inline void transpose_words(const void* from, std::int64_t from_row, std::int64_t words, void* to,
+                            std::int64_t to_row) {
+  const auto* source = static_cast<const std::uint32_t*>(from);
+  auto* target = static_cast<std::uint32_t*>(to);
+  for (std::int64_t p = 0; p < words; p += kLanes) {
+    IntVec x[kLanes], y[kLanes];
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) x[r] = load_words(source + r * from_row + p);
+#pragma GCC unroll 4
+    for (int round = 1; round < kLanes; round *= 2) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kLanes / 2; ++r) {
+        y[2 * r] = zip_low(x[r], x[r + kLanes / 2]);
+        y[2 * r + 1] = zip_high(x[r], x[r + kLanes / 2]);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) x[r] = y[r];
+    }
+    if (words - p >= kLanes) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) store_words(target + (p + r) * to_row, x[r]);
+    } else {
+      for (std::int64_t r = 0; r < words - p; ++r) store_words(target + (p + r) * to_row, x[r]);
+    }
+  }
+}
+
+// Two rows of bfloat16 numbers as one of pairs; no second row counts as zeros.
+inline void interleave(const std::uint16_t* even, const std::uint16_t* odd, std::int64_t width, Pair* to) {
+  for (std::int64_t d = 0; d < width; d += kLanes) {
+    const IntVec low = bits(load_bfloat(even + d)), high = odd ? bits(load_bfloat(odd + d)) : IntVec{};
+    store_words(to + d, high | ((low >> 16) & 0xffff));
+  }
+}
+
+// Rows of numbers as a right operand whose inner dimension are the rows: as they are, or in pairs.
+inline Right<float> interleaved(const float* rows, std::int64_t row, std::int64_t, std::int64_t, float*) {
+  return {rows, row};
+}
+inline Right<Pair> interleaved(const std::uint16_t* rows, std::int64_t row, std::int64_t count,
+                               std::int64_t width, Pair* to) {
+  for (std::int64_t i = 0; i < count; i += 2)
+    interleave(rows + i * row, i + 1 < count ? rows + (i + 1) * row : nullptr, width, to + i / 2 * width);
+  return {to, width};
+}
+
+// A tile [keys][row] of floats as the left operand whose inner dimension are the keys.
+inline Left<float> along_keys(const float* tile, std::int64_t row, std::int64_t, int, float*) {
+  return {tile, 1, row};
+}
+inline Left<Pair> along_keys(const float* tile, std::int64_t row, std::int64_t keys, int lanes, Pair* to) {
+  for (std::int64_t j = 0; j < keys; j += 2)
+    for (int v = 0; v < lanes; v += kLanes) {
+      const Vec odd = j + 1 < keys ? load(tile + (j + 1) * row + v) : Vec{};
+      store_words(to + j / 2 * row + v, pair_words(load(tile + j * row + v), odd));
+    }
+  return {to, 1, row};
+}
+
+// The same tile as the left operand whose inner dimension are its columns, the queries.
+inline Left<float> along_queries(const float* tile, std::int64_t row, std::int64_t, int, float*) {
+  return {tile, row, 1};
+}
+inline Left<Pair> along_queries(const float* tile, std::int64_t row, std::int64_t keys, int lanes, Pair* to) {
+  for (std::int64_t j = 0; j < keys; ++j)
+    for (int v = 0; v < lanes; v += kLanes)
+      store_bfloat(reinterpret_cast<std::uint16_t*>(to) + j * row + v, load(tile + j * row + v));
+  return {to, row / 2, 1};
+}
+
+// Whether none of the first n columns of `count` numbers is inf or NaN: exponent bits all ones.
+inline bool all_finite(Right<float> b, std::int64_t count, std::int64_t n) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::int32_t broken = 0;
+    for (std::int64_t d = 0; d < n; ++d) {
+      std::int32_t word;
+      std::memcpy(&word, b.data + i * b.row + d, sizeof word);
+      broken |= (word & 0x7f800000) == 0x7f800000;
+    }
+    if (broken) return false;
+  }
+  return true;
+}
+inline bool all_finite(Right<Pair> b, std::int64_t count, std::int64_t n) {
+  for (std::int64_t i = 0; i < elements<Pair>(count); ++i) {
+    std::int32_t broken = 0;
+    for (std::int64_t d = 0; d < n; ++d) {
+      const std::uint32_t word = b.data[i * b.row + d].word;
+      broken |= ((word & 0x7f800000u) == 0x7f800000u) | ((word & 0x7f80u) == 0x7f80u);
+    }
+    if (broken) return false;
+  }
+  return true;
+}
+
+}  // namespace
