@@ -387,3 +387,25 @@ def test_more_keys_than_one_batch_entry_needs_are_not_computed(monkeypatch):
     tilewise.attention(q, k, v, mask=mask, backend="tiled")
     q_tiles, kv_tiles = 4096 // said.plan.block_q, 4096 // said.plan.block_kv
     assert sum(computed) == q_tiles * (kv_tiles + 1)
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "name", ["q", "k", "v", "bias", "alibi", "relative_bias", "sinks", "d_out"]
+)
+def test_views_that_promise_to_negate(name, backend):
+    """The imaginary part of a conjugate is a view whose memory holds the negated numbers."""
+    shapes = dict.fromkeys(("q", "k", "v", "d_out"), (1, 2, 5, 4))
+    shapes |= {"bias": (5, 5), "alibi": (2,), "relative_bias": (2, 9), "sinks": (2,)}
+    x = {n: torch.randn(shape) for n, shape in shapes.items()}
+    plain = dict(x)
+    x[name] = torch.randn(shapes[name], dtype=torch.complex64).conj().imag
+    assert x[name].is_neg()
+    plain[name] = x[name].resolve_neg()
+    results = []
+    for tensors in (x, plain):
+        leaves = {n: t.detach().requires_grad_() for n, t in tensors.items() if n != "d_out"}
+        out, lse = tilewise.attention(**leaves, return_lse=True, backend=backend)
+        grads = torch.autograd.grad(out, list(leaves.values()), tensors["d_out"])
+        results.append((out, lse, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

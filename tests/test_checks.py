@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -82,13 +83,18 @@ SCALARS = [
       ((0, "0"), (0.0, "0.0"), (-1.0, "-1.0"), (NAN, "nan"), (INF, "inf"), ("x", "'x'"),
        (True, "True"))],
     ({"scale": 10**400}, "scale", ""),
+    ({"scale": Fraction(10**400)}, "scale", ""),
+    *[({name: np.bool_(True)}, name, "True") for name in ("scale", "softcap")],
+    *[({"scale": x}, "scale", shown) for x, shown in
+      ((np.float32(NAN), "nan"), (np.float64(INF), "inf"), (np.ones(1), "[1.]"), (1j, "1j"))],
 ]  # fmt: skip
 DROPOUT = [
     *[({"dropout_p": x}, "dropout_p", shown) for x, shown in
       ((-0.1, "-0.1"), (1.0, "1.0"), (1, "1"), (2.5, "2.5"), (NAN, "nan"), (INF, "inf"),
-       ("x", "'x'"), (True, "True"), (None, "None"))],
+       ("x", "'x'"), (True, "True"), (None, "None"), (np.float32(1), "1.0"))],
     *[({"seed": x, "dropout_p": p}, "seed", shown) for p in (0.0, 0.5) for x, shown in
       ((1.5, "1.5"), ("x", "'x'"), (True, "True"), (2**64, str(2**64)), (-(2**63) - 1, "-9223"),
+       (np.float64(3), "3.0"), (np.bool_(True), "True"), (np.ones(1, int), "[1]"),
        (t(), "float32"), (ints(3), "int32"), (ints(1, 2, dtype=torch.int64), "[2]"),
        (t(dtype=torch.int64, device="meta"), "meta"))],
 ]  # fmt: skip
@@ -304,6 +310,30 @@ def test_the_good_calls_are_good(function):
     call(**make())
     call(**make(), sinks=t(HEADS), alibi=t(HEADS), scale=0, softcap=3, mask=m.causal())
     call(**make(), alibi=t(BATCH, HEADS, dtype=torch.float64), bias=t(1), mask=m.prefix(ints(1, 0)))
+
+
+NUMPY = {
+    "scale": (np.float32(0.25), np.float16(0.25), np.int64(2), np.float64(0.25), Fraction(1, 4)),
+    "softcap": (np.float32(2.5), np.uint8(2)),
+    "dropout_p": (np.float32(0.5), np.float64(0.5), np.int8(0)),
+    "seed": (np.int64(-3), np.uint64(2**64 - 1), np.int32(7), np.uint8(7)),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("option", NUMPY)
+def test_numbers_of_numpy_are_numbers(option, function):
+    call, make = FUNCTIONS[function]
+    if option in ("dropout_p", "seed") and function.startswith("decode"):
+        pytest.skip("decode has no dropout")
+    rest = {} if function.startswith("decode") else {"dropout_p": 0.5, "seed": 3}
+    tensors = {n: torch.randn(x.shape) if x.is_floating_point() else x for n, x in make().items()}
+    for number in NUMPY[option]:
+        plain = int(number) if option == "seed" else float(number)
+        found = call(**tensors, **rest | {option: number})
+        want = call(**tensors, **rest | {option: plain})
+        same = torch.equal if isinstance(found, torch.Tensor) else lambda a, b: str(a) == str(b)
+        assert same(found, want)
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**64 - 1, -(2**63), torch.tensor(3), torch.tensor([-4])])

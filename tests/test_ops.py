@@ -244,6 +244,78 @@ def test_a_watched_call_is_one_operator_and_gives_the_same_bits(needs_grad):
     )
 
 
+class Seen(torch.Tensor):
+    """A subclass that records what is called with it."""
+
+    seen = ()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        Seen.seen += (str(func),)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias", "sinks"])
+def test_a_subclass_in_any_place_sees_the_operator(name, monkeypatch):
+    monkeypatch.setattr(Seen, "seen", ())
+    inputs = {n: torch.randn(1, 2, 9, 4) for n in "qkv"}
+    inputs |= {"bias": torch.randn(1, 1, 9, 9), "sinks": torch.randn(2)}
+    want = tilewise.attention(**inputs)
+    assert Seen.seen == ()
+    inputs[name] = inputs[name].as_subclass(Seen)
+    out = tilewise.attention(**inputs)
+    assert "tilewise.attention" in Seen.seen
+    assert torch.equal(out.as_subclass(torch.Tensor), want)
+
+
+@pytest.mark.parametrize("backend", tilewise.dispatch.BACKENDS, indirect=True)
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("used", ["out", "lse"])
+@pytest.mark.parametrize("q_len", [9, 0])
+def test_an_output_that_is_not_used_is_as_if_its_gradient_were_zero(
+    used, create_graph, q_len, backend
+):
+    call = Case(q_len=q_len, mask="causal", bias="h1k", sinks=True, kv_heads=2).make()
+    inputs = {n: x.detach().requires_grad_() for n, x in call.differentiable().items()}
+    found = []
+    for both in (False, True):
+        out, lse = tilewise.attention(**inputs, mask=m.causal(), return_lse=True, backend=backend)
+        given = {"out": (out, call.d_out), "lse": (lse, call.d_lse)}
+        outputs, grads = zip(*([given[used]] if not both else given.values()), strict=True)
+        if both:
+            other = "lse" if used == "out" else "out"
+            grads = [x if n == used else torch.zeros_like(x) for n, (_, x) in given.items()]
+            assert (grads[list(given).index(other)] == 0).all()
+        found.append(
+            torch.autograd.grad(outputs, list(inputs.values()), grads, create_graph=create_graph)
+        )
+    for name, a, b in zip(inputs, *found, strict=True):
+        assert torch.equal(a, b), name
+    assert q_len == 0 or all(x.abs().max() > 0 for n, x in zip(inputs, found[0], strict=True)
+                             if used == "out" or n != "v")  # fmt: skip
+
+
+def test_the_backward_without_lse_makes_no_zeros(monkeypatch):
+    """Half a call's gradient arrives as None, not as a tensor of zeros."""
+    module = tilewise.dispatch.backend_module("tiled")
+    seen, original = [], module.backward
+    monkeypatch.setattr(
+        module, "backward", lambda *args: (seen.append(args[6]), original(*args))[1]
+    )
+    q, k, v = tensors(1, 2, 9, 4)
+    tilewise.attention(q, k, v, backend="tiled").sum().backward()
+    assert seen == [None]
+
+
+def test_a_tensor_changed_before_the_backward_is_an_error():
+    q, k, v = tensors(1, 2, 9, 4)
+    kept = q * 1
+    out = tilewise.attention(kept, k, v)
+    kept.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_a_second_derivative_is_an_error_not_a_wrong_number():
     q, k, v = tensors(1, 2, 9, 4)
     out = tilewise.attention(q, k, v)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, recipes
 from .checks import (
     check_cache,
     check_cu_seqlens,
-    check_dense,
     check_lengths,
-    check_mask_tensor,
     check_packed,
     check_pages,
     check_scalars,
+    check_seed,
     default_scale,
     longest,
     score_options,
@@ -25,21 +23,29 @@ from .dispatch import BACKENDS, check_name, choose, reasons_against
 from .explanation import Explanation
 from .frame import Frame
 from .lowering import lower
-from .masks import Mask, from_bool
+from .masks import Mask
+from .philox import seed_tensor
 from .problem import Inputs, Problem
 from .tiles import FULL, PARTIAL, SKIP
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class _Call(NamedTuple):
-    """A checked call: the tensors, and the rest of what a Problem is made from."""
-
-    inputs: Inputs
-    scalars: dict[str, Any]
-
-    def problem(self) -> Problem:
-        return Problem.of(self.inputs, **self.scalars)
+    from .options import Cached, Dense, Options, Packed
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[Dense]
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[Dense]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Dense]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -95,25 +101,33 @@ def attention(
         ValueError, TypeError: an argument does not fit; the message names it.
         UnsupportedError: the backend asked for by name cannot run the call.
     """
-    check_name(backend)
-    call = _dense_call(
-        q,
-        k,
-        v,
-        mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        alibi=alibi,
-        relative_bias=relative_bias,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        seed=seed,
+    tensors = (q, k, v, bias, alibi, relative_bias, sinks)
+    recipe = recipes.find(
+        tensors, scale=scale, softcap=softcap, dropout_p=dropout_p, backend=backend
     )
-    out, lse = ops.attention(call.inputs, backend=backend, **call.scalars)
+    inputs = recipe.inputs(tensors, mask, seed)
+    grad = ops.needs_grad(inputs)
+    if ops.is_observed(inputs):
+        out, lse = ops.observed_attention(
+            inputs, needs_grad=grad, backend=backend, **recipe.scalars
+        )
+    else:
+        out, lse = ops.attention(inputs, recipe.problem(inputs, grad), backend)
     return (out, lse) if return_lse else out
 
 
+@overload
+def standard_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def standard_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def standard_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Options]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def standard_attention(
     q: Tensor,
     k: Tensor,
@@ -135,26 +149,49 @@ def standard_attention(
     Plain PyTorch operations in the inputs' dtype, differentiated by autograd, with the whole score
     matrix in memory: O(N^2). Arguments, result and errors are those of ``attention``.
     """
-    call = _dense_call(
-        q,
-        k,
-        v,
-        mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        alibi=alibi,
-        relative_bias=relative_bias,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        seed=seed,
-    )
+    tensors = (q, k, v, bias, alibi, relative_bias, sinks)
+    recipe = recipes.find(tensors, scale=scale, softcap=softcap, dropout_p=dropout_p)
+    inputs = recipe.inputs(tensors, mask, seed)
+    problem = recipe.problem(inputs, ops.needs_grad(inputs))
     from .backends import reference
 
-    out, lse = reference.standard(call.problem(), call.inputs, with_lse=return_lse)
+    out, lse = reference.standard(problem, inputs, with_lse=return_lse)
     return out if lse is None else (out, lse)
 
 
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[Packed],
+) -> Tensor: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = ...,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[Packed],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = ...,
+    *,
+    return_lse: bool,
+    **options: Unpack[Packed],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -229,7 +266,7 @@ def attention_varlen(
     )
     if alibi is not None and alibi.dim() == 2:  # one slope per sequence becomes one per row
         options["alibi"] = alibi[frame.row_sequence()[0]].T[None]
-    call = _call(
+    inputs, scalars = _assemble(
         tuple(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
         mask,
         frame,
@@ -240,11 +277,41 @@ def attention_varlen(
         dropout_p=dropout_p,
         seed=seed,
     )
-    out, lse = ops.attention(call.inputs, backend=backend, **call.scalars)
+    out, lse = _attend(inputs, scalars, backend)
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
 
 
+@overload
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    lengths: Tensor,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[Cached],
+) -> Tensor: ...
+@overload
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    lengths: Tensor,
+    return_lse: Literal[True],
+    **options: Unpack[Cached],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    lengths: Tensor,
+    return_lse: bool,
+    **options: Unpack[Cached],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def decode(
     q: Tensor,
     k_cache: Tensor,
@@ -308,7 +375,7 @@ def decode(
         sequences=batch,
         distances=q_len + max_len - 1,
     )
-    call = _call(
+    inputs, scalars = _assemble(
         (q, k_cache, v_cache),
         mask,
         frame,
@@ -318,12 +385,12 @@ def decode(
         softcap=softcap,
         page_table=page_table,
     )
-    if call.scalars["needs_grad"]:
+    if scalars["needs_grad"]:
         raise ValueError(
             "q: an input requires a gradient but decode is forward only; call it under "
             "torch.no_grad(), or use attention with masks.lengths"
         )
-    out, lse = ops.attention(call.inputs, backend=backend, **call.scalars)
+    out, lse = _attend(inputs, scalars, backend)
     return (out, lse) if return_lse else out
 
 
@@ -349,66 +416,27 @@ def explain(
     Takes what ``attention`` takes, computes nothing and draws no random number. The answer comes
     from the function that the call itself asks.
     """
-    check_name(backend)
-    call = _dense_call(
-        q,
-        k,
-        v,
-        mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        alibi=alibi,
-        relative_bias=relative_bias,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        seed=0 if seed is None else seed,
+    tensors = (q, k, v, bias, alibi, relative_bias, sinks)
+    recipe = recipes.find(
+        tensors, scale=scale, softcap=softcap, dropout_p=dropout_p, backend=backend
     )
-    problem = call.problem()
+    inputs = recipe.inputs(tensors, mask, 0 if seed is None else seed)
+    problem = recipe.problem(inputs, ops.needs_grad(inputs))
     plan = choose(problem, backend)
     counts = {"skipped": 0, "partial": 0, "full": 0}
     if not problem.is_empty:
-        states = call.inputs.mask.table(plan.block_q, plan.block_kv)
+        states = inputs.mask.table(plan.block_q, plan.block_kv)
         names = zip(counts, (SKIP, PARTIAL, FULL), strict=True)
         counts = {name: int((states == state).sum()) for name, state in names}
     reasons = reasons_against(problem)
     return Explanation(problem, plan, backend, {name: reasons[name] for name in BACKENDS}, counts)
 
 
-def _dense_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask | Tensor | None,
-    *,
-    bias: Tensor | None,
-    alibi: Tensor | None,
-    relative_bias: Tensor | None,
-    sinks: Tensor | None,
-    **scalars: Any,
-) -> _Call:
-    check_dense(q, k, v)
-    batch, heads, q_len, _ = q.shape
-    kv_len = k.shape[2]
-    options = score_options(
-        q,
-        bias=bias,
-        alibi=alibi,
-        relative_bias=relative_bias,
-        sinks=sinks,
-        score_shape=(batch, heads, q_len, kv_len),
-        sequences=batch,
-        distances=q_len + kv_len - 1,
-    )
-    frame = Frame.plain(batch, heads, q_len, kv_len, q.device)
-    return _call((q, k, v), mask, frame, options, relative_zero=kv_len - 1, **scalars)
-
-
-def _call(
+def _assemble(
     qkv: tuple[Tensor, ...],
     mask: Mask | Tensor | None,
     frame: Frame,
-    options: dict[str, Any],
+    options: dict[str, Tensor | None],
     *,
     relative_zero: int,
     scale: float | None,
@@ -416,16 +444,11 @@ def _call(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     page_table: Tensor | None = None,
-) -> _Call:
-    """What the three kinds of call share once their geometry is a Frame."""
-    check_scalars(scale, softcap, dropout_p, seed, frame.device)
-    if isinstance(mask, Tensor):
-        check_mask_tensor(mask)
-        mask = from_bool(mask)
-    elif mask is not None and not isinstance(mask, Mask):
-        raise TypeError(
-            f"mask: expected a tilewise.masks mask or a bool tensor, got {type(mask).__name__}"
-        )
+) -> tuple[Inputs, dict[str, Any]]:
+    """What packed and cached calls share once their geometry is a Frame: the tensors of a call,
+    and the rest of what its Problem is made from."""
+    check_scalars(scale, softcap, dropout_p)
+    check_seed(seed, frame.device)
     positioned = options["alibi"] is not None or options["relative_bias"] is not None
     q, k, v = qkv
     inputs = Inputs(
@@ -433,28 +456,22 @@ def _call(
         k,
         v,
         lower(mask, frame),
-        seed=_seed(seed, frame.device) if dropout_p else None,
+        seed=seed_tensor(seed, frame.device) if dropout_p else None,
         position=frame.key_position() if positioned else None,
         page_table=page_table,
         **options,
     )
-    differentiable = (*qkv, *options.values())
     scalars = {
         "scale": default_scale(q.shape[-1]) if scale is None else float(scale),
         "softcap": 0.0 if softcap is None else float(softcap),
         "dropout_p": float(dropout_p),
         "relative_zero": relative_zero,
-        "needs_grad": torch.is_grad_enabled()
-        and any(x is not None and x.requires_grad for x in differentiable),
+        "needs_grad": ops.needs_grad(inputs),
     }
-    return _Call(inputs, scalars)
+    return inputs, scalars
 
 
-def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The Philox key as an int64 scalar tensor; drawn from torch's generator if not given."""
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        return seed.reshape(())
-    signed = seed - 2**64 if seed >= 2**63 else seed
-    return torch.tensor(signed, dtype=torch.int64, device=device)
+def _attend(inputs: Inputs, scalars: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
+    if ops.is_observed(inputs):
+        return ops.observed_attention(inputs, backend=backend, **scalars)
+    return ops.attention(inputs, Problem.of(inputs, **scalars), backend)

@@ -8,6 +8,8 @@ asserted by the compiled program instead.
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 import sys
 from collections.abc import Callable
 
@@ -220,20 +222,22 @@ def _check_heads(q_heads: int, kv_heads: int, q_dim: int, k_dim: int, k_name: st
         raise ValueError("q: head_dim is 0; it must be at least 1")
 
 
-def check_scalars(
-    scale: float | None,
-    softcap: float | None,
-    dropout_p: float,
-    seed: object,
-    device: torch.device,
-) -> None:
-    """Finite scale, positive softcap, dropout probability in [0, 1), an integer seed."""
-    if scale is not None and not _is_finite_number(scale):
+def check_scalars(scale: object, softcap: object, dropout_p: object) -> None:
+    """Finite scale, positive softcap, dropout probability in [0, 1); NumPy's numbers are numbers.
+
+    What passes can be given to ``float``.
+    """
+    if scale is not None and _finite(scale) is None:
         raise ValueError(f"scale: must be a finite number or None, got {scale!r}")
-    if softcap is not None and not (_is_finite_number(softcap) and softcap > 0):
+    if softcap is not None and (_finite(softcap) or 0.0) <= 0:
         raise ValueError(f"softcap: must be a positive finite number or None, got {softcap!r}")
-    if not (_is_finite_number(dropout_p) and 0 <= dropout_p < 1):
+    probability = _finite(dropout_p)
+    if probability is None or not 0 <= probability < 1:
         raise ValueError(f"dropout_p: must be in [0, 1), got {dropout_p!r}")
+
+
+def check_seed(seed: object, device: torch.device) -> None:
+    """A seed of 64 bits: an int, NumPy's included, or one int64 in a tensor; None draws one."""
     if isinstance(seed, Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ValueError(
@@ -241,10 +245,11 @@ def check_scalars(
             )
         if seed.is_meta and device.type != "meta":
             raise ValueError(f"seed: device is meta but q's is {device}; it must hold a value")
-    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"seed: must be an int, an int64 tensor or None, got {seed!r}")
-    elif isinstance(seed, int) and not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed: must fit in 64 bits, got {seed}")
+    elif seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, (int, numbers.Integral)):
+            raise TypeError(f"seed: must be an int, an int64 tensor or None, got {seed!r}")
+        if not -(2**63) <= operator.index(seed) < 2**64:
+            raise ValueError(f"seed: must fit in 64 bits, got {seed}")
 
 
 def check_mask_tensor(mask: Tensor) -> None:
@@ -295,7 +300,12 @@ def _shortened(x: Tensor) -> str:
     return str(values) if len(values) <= 10 else f"{values[:5]} ... {values[-4:]}"
 
 
-def _is_finite_number(x: object) -> bool:
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        return False
-    return abs(x) <= sys.float_info.max  # an int beyond it would overflow in math.isfinite
+def _finite(x: object) -> float | None:
+    """A real number as a float; None if it is no finite number."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, numbers.Real)):
+        return None
+    try:
+        value = float(x)
+    except OverflowError:
+        return None
+    return value if abs(value) <= sys.float_info.max else None

@@ -110,7 +110,8 @@ class Frame:
     @property
     def is_plain(self) -> bool:
         """Whether the sizes alone say where every row stands."""
-        return self.index is None and isinstance(self.kv_lens, int)
+        # Not isinstance int: in an operator's kernel a traced size is a SymInt.
+        return self.index is None and not isinstance(self.kv_lens, Tensor)
 
     @property
     def is_packed(self) -> bool:
@@ -136,7 +137,7 @@ class Frame:
 
     def row_stop(self) -> Tensor:
         """Number of keys of each row's sequence, ``[batch or 1, 1, q_len or 1]``."""
-        if isinstance(self.kv_lens, int):
+        if not isinstance(self.kv_lens, Tensor):
             return torch.full((1, 1, 1), self.kv_lens, device=self.device)
         return self.kv_lens.unsqueeze(1)
 
@@ -153,7 +154,7 @@ class Frame:
         keys = torch.arange(self.kv_len, device=self.device).view(1, 1, 1, -1)
 
         def column(value: int | Tensor) -> int | Tensor:
-            if isinstance(value, int):
+            if not isinstance(value, Tensor):
                 return value
             value = value if value.shape[1] == 1 else value[:, rows]
             return value.unsqueeze(1).unsqueeze(-1)

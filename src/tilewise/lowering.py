@@ -13,18 +13,26 @@ import torch
 from torch import Tensor
 
 from . import runs as run_algebra
+from .checks import check_mask_tensor
 from .frame import Frame
-from .masks import Mask
+from .masks import Mask, from_bool
 from .runs import MOST_RUNS
 from .tiles import BITMAP_TILE, Band, Bitmap, Lowered, Ranges, pack_words
 
 _REMEMBERED_SHAPES = 4
 
 
-def lower(mask: Mask | None, frame: Frame) -> Lowered:
-    """The cheapest form of ``mask`` on ``frame`` that backends take."""
+def lower(mask: Mask | Tensor | None, frame: Frame) -> Lowered:
+    """The cheapest form of ``mask``, which may be a bool tensor, that backends take."""
     if mask is None and frame.is_plain:
         return Band.everything(frame.q_len, frame.kv_len)
+    if isinstance(mask, Tensor):
+        check_mask_tensor(mask)
+        mask = from_bool(mask)
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(
+            f"mask: expected a tilewise.masks mask or a bool tensor, got {type(mask).__name__}"
+        )
     if mask is not None:
         mask.check(frame)
     if not frame.is_plain or mask is None or torch.compiler.is_compiling():

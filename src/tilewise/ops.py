@@ -8,7 +8,7 @@ body directly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from .dispatch import backend_module, choose
 from .problem import DIFFERENTIABLE, Inputs, Problem
 from .tensors import like_queries
-from .tiles import flatten, unflatten
+from .tiles import Band, Bitmap, Ranges, flatten, unflatten
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi, Tensor? relative_bias, "
@@ -28,6 +28,8 @@ _CALL = (
 _NAMES = [argument.split()[-1] for argument in _CALL.split(",")]
 _TENSORS = _NAMES.index("mask_kind")
 """How many of the arguments are tensors; they come first."""
+_SCALARS = _NAMES[_NAMES.index("scale") : _NAMES.index("backend")]
+"""The arguments that ``Problem`` has under the same name."""
 _LIBRARY = torch.library.Library("tilewise", "DEF")
 _LIBRARY.define(f"attention({_CALL}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(
@@ -37,7 +39,18 @@ _LIBRARY.define(
 )
 
 
-def attention(
+def attention(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """``out`` and ``lse`` of a call whose arguments have been checked; differentiable.
+
+    Nobody watches it (``is_observed``): the operator's body runs directly.
+    """
+    if problem.needs_grad:
+        leaves = [getattr(inputs, name) for name in _present(inputs)]
+        return _Eager.apply(inputs, problem, backend, *leaves)
+    return _run_forward(inputs, problem, backend)
+
+
+def observed_attention(
     inputs: Inputs,
     *,
     scale: float,
@@ -47,74 +60,67 @@ def attention(
     needs_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """``out`` and ``lse`` of a call whose arguments have been checked; differentiable."""
-    call = (
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        inputs.bias,
-        inputs.alibi,
-        inputs.relative_bias,
-        inputs.sinks,
-        inputs.seed,
-        inputs.position,
-        inputs.page_table,
-        *flatten(inputs.mask),
-        scale,
-        softcap,
-        dropout_p,
-        relative_zero,
-        needs_grad,
-        backend,
+    """The same through the operator, for who has to see one."""
+    scalars = (scale, softcap, dropout_p, relative_zero, needs_grad, backend)
+    return torch.ops.tilewise.attention(*_pack(inputs), *scalars)
+
+
+def needs_grad(inputs: Inputs) -> bool:
+    """Whether autograd has to record the call."""
+    if not torch.is_grad_enabled():
+        return False
+    q, k, v, _, bias, alibi, relative_bias, sinks = inputs[:8]
+    return (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (alibi is not None and alibi.requires_grad)
+        or (relative_bias is not None and relative_bias.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
     )
-    if _is_observed(inputs.q):
-        return torch.ops.tilewise.attention(*call)
-    return _Eager.apply(*call) if needs_grad else _forward(*call)
 
 
-def _is_observed(q: Tensor) -> bool:
+def is_observed(inputs: Inputs) -> bool:
     """Whether something other than eager autograd has to see an operator: a compiler, a tracer, a
     dispatch mode, a tensor subclass, a functorch transform."""
     return (
         torch.compiler.is_compiling()
-        or type(q) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or not _EAGER_TYPES.issuperset(map(type, inputs))
+        or _dispatch_modes() > 0
+        or _functorch_transform() is not None
     )
+
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_transform = torch._C._functorch.peek_interpreter_stack
+_EAGER_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), Band, Ranges, Bitmap))
+"""What the fields of ``Inputs`` are when no tensor is of a subclass."""
+
+
+def _pack(inputs: Inputs) -> tuple[Any, ...]:
+    """The tensors of a call and its mask, in the order of the operators' schemas."""
+    q, k, v, mask, *options = inputs
+    return (q, k, v, *options, *flatten(mask))
 
 
 def _unpack(call: Sequence[Any]) -> tuple[Inputs, Problem, str]:
     """The arguments of a call, in the order of its schema, as the house's own objects."""
-    q, k, v, bias, alibi, relative_bias, sinks, seed, position, page_table = call[:10]
-    first, second, kind, low, high = call[10:15]
-    scale, softcap, dropout_p, relative_zero, needs_grad, backend = call[15:]
+    scalars, backend = call[_TENSORS + 3 : -1], call[-1]
+    k, page_table = call[1], call[9]
     kv_len = k.shape[2] if page_table is None else page_table.shape[1] * k.shape[1]
-    inputs = Inputs(
-        q,
-        k,
-        v,
-        unflatten(first, second, kind, low, high, q.shape[2], kv_len),
-        bias,
-        alibi,
-        relative_bias,
-        sinks,
-        seed,
-        position,
-        page_table,
-    )
-    problem = Problem.of(
-        inputs,
-        scale=scale,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        relative_zero=relative_zero,
-        needs_grad=needs_grad,
-    )
-    return inputs, problem, backend
+    inputs = _inputs(call[: _TENSORS + 3], kv_len)
+    return inputs, Problem.of(inputs, **dict(zip(_SCALARS, scalars, strict=True))), backend
 
 
-def _forward(*call: Any) -> tuple[Tensor, Tensor]:
-    inputs, problem, backend = _unpack(call)
+def _inputs(packed: Sequence[Any], kv_len: int) -> Inputs:
+    """The inverse of ``_pack``."""
+    q, k, v, *options, first, second, kind, low, high = packed
+    mask = unflatten(first, second, kind, low, high, q.shape[2], kv_len)
+    return Inputs(q, k, v, mask, *options)
+
+
+def _run_forward(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     plan = choose(problem, backend)
     if problem.is_empty:
         out = like_queries(inputs.q, problem.v_dim).zero_()
@@ -123,22 +129,37 @@ def _forward(*call: Any) -> tuple[Tensor, Tensor]:
     return backend_module(plan.backend).forward(problem, inputs, plan)
 
 
+def _run_backward(
+    inputs: Inputs,
+    problem: Problem,
+    backend: str,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    needs: dict[str, bool],
+) -> dict[str, Tensor]:
+    if problem.is_empty:
+        found = {n: torch.zeros_like(getattr(inputs, n)) for n in DIFFERENTIABLE if needs[n]}
+        if needs["sinks"] and d_lse is not None:  # with no key at all, lse is the sink itself
+            found["sinks"] += d_lse.sum(dim=(0, 2)).to(found["sinks"].dtype)
+        return found
+    plan = choose(problem, backend)
+    module = backend_module(plan.backend)
+    return module.backward(problem, inputs, plan, out, lse, d_out, d_lse, needs)
+
+
+def _forward(*call: Any) -> tuple[Tensor, Tensor]:
+    return _run_forward(*_unpack(call))
+
+
 def _backward(
     d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, needs: Sequence[bool], *call: Any
 ) -> tuple[Tensor, ...]:
-    inputs, problem, backend = _unpack(call)
     wanted = dict(zip(DIFFERENTIABLE, needs, strict=True))
-    if problem.is_empty:
-        found = {n: torch.zeros_like(getattr(inputs, n)) for n in DIFFERENTIABLE if wanted[n]}
-        if wanted["sinks"]:  # with no key at all, lse is the sink itself
-            found["sinks"] += d_lse.sum(dim=(0, 2)).to(found["sinks"].dtype)
-    else:
-        plan = choose(problem, backend)
-        module = backend_module(plan.backend)
-        found = module.backward(problem, inputs, plan, out, lse, d_out, d_lse, wanted)
+    found = _run_backward(*_unpack(call), out, lse, d_out, d_lse, wanted)
     return tuple(
-        found[name].contiguous() if wanted[name] else inputs.q.new_empty(0)
-        for name in DIFFERENTIABLE
+        found[name].contiguous() if wanted[name] else d_out.new_empty(0) for name in DIFFERENTIABLE
     )
 
 
@@ -163,15 +184,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.present = tuple(x is not None for x in tensors[: len(DIFFERENTIABLE)])
 
 
-def _differentiate(
-    ctx: Any, d_out: Tensor, d_lse: Tensor, backward: Callable[..., Any] | None = None
-) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
     out, lse, *tensors = ctx.saved_tensors
-    call = (*tensors, *ctx.scalars)
     flags = ctx.needs_input_grad[: len(DIFFERENTIABLE)]
     needs = [there and bool(need) for there, need in zip(ctx.present, flags, strict=True)]
-    backward = backward or torch.ops.tilewise.attention_backward
-    grads = backward(d_out, d_lse, out, lse, needs, *call)
+    call = (*tensors, *ctx.scalars)
+    grads = torch.ops.tilewise.attention_backward(d_out, d_lse, out, lse, needs, *call)
     found = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
     return (*found, *[None] * (len(_NAMES) - len(found)))
 
@@ -184,19 +202,49 @@ def _refuse(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 
 
 class _Eager(torch.autograd.Function):
-    """The same derivative without the operator around it, which costs an eager call 90 us."""
+    """The same derivative without the operator around it, which costs an eager call 90 us.
+
+    ``leaves`` are those of ``inputs`` that can have a gradient, for autograd to find.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *call: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*call)
-        _save(ctx, call, output)
-        return output
+    def forward(
+        ctx: Any, inputs: Inputs, problem: Problem, backend: str, *leaves: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _run_forward(inputs, problem, backend)
+        *tensors, kind, low, high = _pack(inputs)
+        ctx.save_for_backward(out, lse, *tensors)
+        ctx.call = (kind, low, high), problem, backend
+        ctx.set_materialize_grads(False)  # an output that is not used costs no zeros
+        return out, lse
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
-        # With create_graph the operator runs, which raises if a second derivative is asked for.
-        observed = torch.is_grad_enabled()
-        return _differentiate(ctx, d_out, d_lse, None if observed else _backward)
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        band, problem, backend = ctx.call
+        inputs = _inputs((*tensors, *band), problem.kv_len)
+        present = _present(inputs)
+        flags = ctx.needs_input_grad[3:]
+        needs = dict.fromkeys(DIFFERENTIABLE, False) | dict(zip(present, flags, strict=True))
+        if d_out is None:
+            d_out = torch.zeros_like(out)
+        if torch.is_grad_enabled():
+            # create_graph: the operator runs, and raises if a second derivative is asked for.
+            d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
+            scalars = (getattr(problem, name) for name in _SCALARS)
+            call = (*tensors, *band, *scalars, backend)
+            grads = torch.ops.tilewise.attention_backward(
+                d_out, d_lse, out, lse, list(needs.values()), *call
+            )
+            found = dict(zip(DIFFERENTIABLE, grads, strict=True))
+        else:
+            found = _run_backward(inputs, problem, backend, out, lse, d_out, d_lse, needs)
+        return (None, None, None, *[found[n] if needs[n] else None for n in present])
+
+
+def _present(inputs: Inputs) -> list[str]:
+    """The names of the differentiable tensors that a call has."""
+    return [name for name in DIFFERENTIABLE if getattr(inputs, name) is not None]
 
 
 _LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")

@@ -7,6 +7,8 @@ entries are dropped, and the backward pass recomputes the decision instead of lo
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,17 @@ def random_words(
     lanes = torch.stack([word.expand(shape) for word in words], dim=-1).flatten(-2)
     start = keys[0] - first * _LANES
     return lanes[..., start : start + keys[1] - keys[0]]
+
+
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The key as an int64 scalar tensor; drawn from torch's default generator if not given."""
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed.reshape(())
+    seed = operator.index(seed)
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    return torch.tensor(signed, dtype=torch.int64, device=device)
 
 
 def keep_threshold(dropout_p: float) -> int:

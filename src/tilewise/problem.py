@@ -7,6 +7,7 @@ Arguments are judged in ``checks``, once. Backends judge what they cannot do
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,7 @@ class UnsupportedError(ValueError):
     """The backend asked for by name cannot run this call; the message gives every reason."""
 
 
-@dataclass(frozen=True, eq=False)
-class Inputs:
+class Inputs(NamedTuple):
     """The tensors of one call, in the layout that backends take.
 
     ``bias`` is ``[b|1, q_heads|1, q_len|1, kv_len|1]``, ``alibi`` ``[b|1, q_heads, q_len|1]``,
@@ -84,9 +84,6 @@ class Problem:
         q, k, v, table = inputs.q, inputs.k, inputs.v, inputs.page_table
         paged = table is not None
         kv_len = table.shape[1] * k.shape[1] if table is not None else k.shape[2]
-        mask = type(inputs.mask).__name__.lower()
-        if isinstance(inputs.mask, Band) and inputs.mask.is_full:
-            mask = "none"
         return Problem(
             batch=q.shape[0],
             q_heads=q.shape[1],
@@ -97,7 +94,7 @@ class Problem:
             v_dim=v.shape[3],
             dtype=q.dtype,
             device=q.device.type,
-            mask=mask,
+            mask=mask_form(inputs.mask),
             scale=scale,
             softcap=softcap,
             bias=inputs.bias is not None,
@@ -124,6 +121,13 @@ class Problem:
     def is_empty(self) -> bool:
         """Whether there is no score at all."""
         return 0 in (self.batch, self.q_heads, self.q_len, self.kv_len)
+
+
+def mask_form(mask: Lowered) -> str:
+    """All that a plan may know of a mask: "none", "band", "ranges" or "bitmap"."""
+    if isinstance(mask, Band):
+        return "none" if mask.is_full else "band"
+    return type(mask).__name__.lower()
 
 
 @dataclass(frozen=True)

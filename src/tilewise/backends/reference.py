@@ -62,7 +62,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     d_out: Tensor,
-    d_lse: Tensor,
+    d_lse: Tensor | None,
     needs: dict[str, bool],
 ) -> dict[str, Tensor]:
     """The chain rule written out: ``dS = P * (dP - rowsum(P * dP) + d_lse)``."""
@@ -73,7 +73,9 @@ def backward(
     d_grouped = _group(d_out.to(problem.dtype), problem)
     d_v = visible_matmul(_group(weights * keep, problem), d_grouped, visible, transpose=True)
     d_weights = _hide(_ungroup(d_grouped @ v.mT, problem) * keep, visible)
-    delta = (weights * d_weights).sum(-1).to(lse.dtype) - d_lse
+    delta = (weights * d_weights).sum(-1).to(lse.dtype)
+    if d_lse is not None:
+        delta = delta - d_lse
     d_scores = weights * (d_weights - delta.unsqueeze(-1).to(problem.dtype))
     d_scores = _hide(d_scores, visible)
     biases = BiasGradients(problem, inputs, needs)

@@ -85,7 +85,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     d_out: Tensor,
-    d_lse: Tensor,
+    d_lse: Tensor | None,
     needs: dict[str, bool],
 ) -> dict[str, Tensor]:
     """Algorithm 2: for each block of keys, recompute P from ``lse`` for the queries that see it.
@@ -94,7 +94,9 @@ def backward(
     ``dS = P * (dP - D) + P * d_lse`` (derivative of log-sum-exp is the softmax).
     """
     # Line 4: D = rowsum(dO * O), here less d_lse.
-    delta = (d_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1) - d_lse
+    delta = (d_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    if d_lse is not None:
+        delta = delta - d_lse
     # A row without any weight has lse = -inf; +inf makes its recomputed weights exp(-inf) = 0.
     safe_lse = torch.where(torch.isneginf(lse), torch.inf, lse)
     d_q, d_k, d_v = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -276,7 +276,7 @@ class FlashMultiHeadAttention(nn.Module):
         mask: masks.Mask | Tensor | None,
         options: ScoreOptions,
     ) -> Tensor:
-        out = attention(
+        return attention(
             q,
             k,
             v,
@@ -285,7 +285,6 @@ class FlashMultiHeadAttention(nn.Module):
             backend=self.backend,
             **options,
         )
-        return cast(Tensor, out)
 
     def _attend_cached(
         self,
@@ -294,7 +293,7 @@ class FlashMultiHeadAttention(nn.Module):
         mask: masks.Mask | Tensor | None,
         options: ScoreOptions,
     ) -> Tensor:
-        out = decode(
+        return decode(
             q,
             cache.k,
             cache.v,
@@ -303,7 +302,6 @@ class FlashMultiHeadAttention(nn.Module):
             backend=self.backend,
             **options,
         )
-        return cast(Tensor, out)
 
     def _visible(self, mask: masks.Mask | Tensor | None) -> masks.Mask | None:
         if isinstance(mask, Tensor):

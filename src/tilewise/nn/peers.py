@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,8 +23,7 @@ class StandardMultiHeadAttention(FlashMultiHeadAttention):
     ) -> Tensor:
         dropout_p = self.dropout if self.training else 0.0
         mask = self._visible(mask)
-        out = standard_attention(q, k, v, mask=mask, dropout_p=dropout_p, **options)
-        return cast(Tensor, out)
+        return standard_attention(q, k, v, mask=mask, dropout_p=dropout_p, **options)
 
 
 class SdpaMultiHeadAttention(FlashMultiHeadAttention):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import itertools
 import multiprocessing
 
 import pytest
@@ -11,16 +12,18 @@ import torch
 
 import tilewise
 from tilewise import masks as m
-from tilewise.backends.native import Call, fill, library
+from tilewise.backends import native
+from tilewise.backends.native import library
+from tilewise.backends.native.call import MOST_LAYOUTS, Call, describe
 from tilewise.problem import Inputs, Problem
 from tilewise.testing import tolerance
-from tilewise.testing.cases import Case, grid
+from tilewise.testing.cases import LAYOUTS, Case, grid, in_layout
 from tilewise.testing.poison import poisoned
 from tilewise.tiles import Band, Ranges
 
 pytestmark = pytest.mark.skipif(library.load_error() is not None, reason=str(library.load_error()))
 ISAS = () if library.load_error() else library.isas()
-ALL_ISAS = ("baseline", "avx2", "avx512")
+ALL_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
 @pytest.fixture
@@ -76,7 +79,55 @@ CASES = {
     "shared bias": Case(q_len=200, kv_len=300, bias="qk", dropout_p=0.2),
     "documents": Case(q_len=260, kv_len=260, mask="documents", alibi="h", sinks=True),
     "keyless bias": Case(q_len=130, kv_len=400, bias="bhq1", softcap=2.0, dtype=torch.bfloat16),
-}
+    "few queries": Case(batch=1, kv_heads=2, q_len=3, kv_len=2500, sinks=True, relative_bias=True),
+    "odd pairs": Case(q_heads=3, kv_heads=3, q_len=7, kv_len=1333, head_dim=33, v_dim=31,
+                      mask="padded_causal", dtype=torch.bfloat16),
+}  # fmt: skip
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sinks": True},
+        {"mask": "window"},
+        {"mask": "lengths"},
+        {"mask": "nothing"},
+        {"mask": "random", "sinks": True},
+        {"kv_len": 3072, "relative_bias": True, "alibi": "h", "softcap": 3.0},
+        {"kv_len": 1025, "dropout_p": 0.3, "bias": "bhqk"},
+        {"head_dim": 33, "v_dim": 31, "magnitude": 12.0},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_keys_split_into_runs(isa, dtype, options):
+    """Few queries over many keys: the keys are cut into runs that are merged by their sums."""
+    case = Case(
+        **{"batch": 1, "q_len": 2, "kv_len": 2111, "kv_heads": 2, "dtype": dtype, **options}
+    )
+    with poisoned():
+        tolerance.check(case.make(), tilewise.attention, tiles=17, backend="native")
+    assert library.last_isa() == isa
+
+
+@each_isa
+def test_a_long_cache_that_is_hardly_filled(isa):
+    """Whole runs lie beyond the length, and hold NaN there; pages are read where they lie."""
+    lengths = torch.tensor([5, 1500, 2300])
+    q, k, v = torch.randn(3, 2, 1, 24), torch.randn(3, 1, 2400, 24), torch.randn(3, 1, 2400, 24)
+    shown = m.lengths(lengths)
+    want = tilewise.attention(*(x.double() for x in (q, k, v)), mask=shown, backend="reference")
+    for x in (k, v):
+        x.masked_fill_(torch.arange(2400)[:, None] >= lengths.view(3, 1, 1, 1), torch.nan)
+    got = tilewise.decode(q, k, v, lengths=lengths, backend="native")
+    torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=2e-6)
+    table = torch.randperm(3 * 100, dtype=torch.int32).view(3, 100)
+    pages = [torch.empty(300, 24, 1, 24) for _ in "kv"]
+    for x, page in zip((k, v), pages, strict=True):
+        page[table.long()] = x.view(3, 100, 24, 1, 24)
+    paged = tilewise.decode(q, *pages, lengths=lengths, page_table=table, backend="native")
+    assert torch.equal(paged, got)
 
 
 @each_isa
@@ -106,6 +157,62 @@ def test_several_python_threads_at_once():
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_threads_and_family_are_read_by_every_call(monkeypatch):
+    """Neither is part of a call's template."""
+    seen, run = [], library.run
+    monkeypatch.setattr(library, "run", lambda *args: (seen.append(args[1].threads), run(*args))[1])
+    q = torch.randn(1, 2, 9, 8)
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        tilewise.attention(q, q, q, backend="native")
+    assert seen == [1, 2, 1]
+    for name in (*ISAS, *reversed(ISAS)):
+        monkeypatch.setenv("TILEWISE_FORCE_ISA", name)
+        tilewise.attention(q, q, q, backend="native")
+        assert library.last_isa() == name
+
+
+def test_a_template_for_each_layout():
+    """Strides and dtypes find the template; what differs between calls of one layout is set."""
+    shape = (2, 4, 5, 8)
+    ways = {layout: in_layout(torch.randn(shape), layout) for layout in LAYOUTS}
+    plan = tilewise.explain(*[torch.randn(shape)] * 3, backend="native").plan
+    plan.templates.clear()
+    for mixed in itertools.product(LAYOUTS, repeat=3):
+        for _ in range(2):
+            q, k, v = (torch.randn_like(ways[layout]) for layout in mixed)
+            q, k, v = (in_layout(x, layout) for x, layout in zip((q, k, v), mixed, strict=True))
+            out = tilewise.attention(q, k, v, backend="native")
+            want = tilewise.attention(*(x.contiguous() for x in (q, k, v)), backend="native")
+            assert torch.equal(out, want)
+        assert len(plan.templates) <= MOST_LAYOUTS
+    assert len(plan.templates) > 1
+    found = tilewise.explain(*[torch.randn(shape)] * 3, backend="native").plan
+    assert found is plan and "templates" not in repr(plan)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "sbhd"])
+def test_gradients_are_laid_out_as_their_inputs(layout):
+    q, k, v = (in_layout(torch.randn(2, 4, 5, 8), layout).requires_grad_() for _ in range(3))
+    out = tilewise.attention(q, k, v, backend="native")
+    for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert grad.stride() == x.stride()
+
+
+def test_another_default_device_changes_nothing():
+    q, k, v = (torch.randn(1, 2, 33, 8, requires_grad=True) for _ in range(3))
+    options = {"bias": torch.randn(33, 1), "alibi": torch.rand(2), "sinks": torch.randn(2)}
+    options = {n: x.requires_grad_() for n, x in options.items()}
+    leaves = (q, k, v, *options.values())
+    want = tilewise.attention(q, k, v, **options, backend="native")
+    grads = torch.autograd.grad(want.sum(), leaves)
+    with torch.device("meta"):
+        out = tilewise.attention(q, k, v, **options, backend="native")
+        found = torch.autograd.grad(out.sum(), leaves)
+    assert torch.equal(out, want)
+    assert all(torch.equal(a, b) for a, b in zip(found, grads, strict=True))
+
+
 def _child(queue, q, want):
     # Only the kernel runs here: after a fork, PyTorch's own parallel operations may wait forever.
     out = tilewise.attention(q, q, q, backend="native")
@@ -132,9 +239,15 @@ def description():
     """A valid forward call, to be spoiled."""
     q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
     inputs = Inputs(q, k, v, Band.everything(9, 9))
+    return described(inputs)
+
+
+def described(inputs: Inputs) -> tuple[Call, list[object]]:
+    """A call with its output, the first of what has to live as long."""
     problem = Problem.of(inputs, scale=1.0)
-    call, out, lse = Call(), torch.empty(1, 2, 9, 8), torch.empty(1, 2, 9)
-    return call, [fill(call, problem, inputs, out, lse), out, lse, inputs]
+    out, lse = torch.empty(1, 2, 9, 8), torch.empty(1, 2, 9)
+    call, alive = describe(native.plan(problem), problem, inputs, out, lse)
+    return call, [out, lse, inputs, alive]
 
 
 SPOILED = {
@@ -170,11 +283,9 @@ def test_runs_beyond_the_keys_are_cut_not_followed():
         torch.full((1, 1, 9, 1), 2**31 - 1, dtype=torch.int32),
     )
     inputs = Inputs(q, k, v, wild)
-    call, out, lse = Call(), torch.empty(1, 2, 9, 8), torch.empty(1, 2, 9)
-    alive = fill(call, Problem.of(inputs, scale=1.0), inputs, out, lse)
+    call, alive = described(inputs)
     library.run("forward", call)
-    del alive
-    torch.testing.assert_close(out, tilewise.standard_attention(q, k, v, scale=1.0))
+    torch.testing.assert_close(alive[0], tilewise.standard_attention(q, k, v, scale=1.0))
 
 
 def test_the_library_refuses_missing_tensors_and_names():

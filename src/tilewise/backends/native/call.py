@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...philox import keep_threshold
-from ...problem import Inputs, Problem
+from ...problem import Inputs, Plan, Problem
 from ...tiles import Band, Ranges
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -57,6 +58,8 @@ class Call(ctypes.Structure):
         ("keep_threshold", _U32),
         ("threads", _I32),
         ("d_out", CTensor),
+        ("d_lse", _POINTER),
+        ("d_lse_stride", _I64 * 3),
         ("delta", _POINTER),
         *((name, CTensor) for name in ("d_q", "d_k", "d_v")),
         ("d_q_parts", _POINTER),
@@ -67,40 +70,119 @@ class Call(ctypes.Structure):
     )
 
 
-def tensor(x: Tensor, shape: tuple[int, ...] | None = None) -> CTensor:
+_MASKS = {"none": _BAND, "band": _BAND, "ranges": _RANGES, "bitmap": _BITMAP}
+MOST_LAYOUTS = 64
+"""A model lays out the calls of one problem in one or two ways."""
+
+Layout = tuple[Any, ...]
+"""The strides of a call's ``TENSORS``; in the backward followed by d_out's dtype."""
+
+TENSORS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
+"""The tensors that every call has, the last four in the backward only."""
+
+
+@dataclass(frozen=True)
+class NativePlan(Plan):
+    """A plan that remembers the calls laid out under it, by the layout of their tensors.
+
+    What a ``Call`` says beyond addresses follows from its problem, whose plan this is, and from the
+    strides and dtypes of its ``TENSORS``: so those are the key. The template is such a call as
+    bytes, and whether there is more to fill in than the dense tensors and a band.
+    """
+
+    templates: dict[Layout, tuple[bytes, bool]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def remember(self, problem: Problem, layout: Layout) -> tuple[bytes, bool]:
+        """Make the template of a layout that is new."""
+        if len(self.templates) >= MOST_LAYOUTS:
+            self.templates.clear()
+        made = self.templates[layout] = _template(problem, layout)
+        return made
+
+
+def describe(
+    plan: NativePlan,
+    problem: Problem,
+    inputs: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    gradients: tuple[Tensor, ...] = (),
+) -> tuple[Call, list[Any]]:
+    """A call, and the tensors made for it, which must live as long as it runs.
+
+    ``gradients`` are the backward's d_out, d_q, d_k and d_v. The call is a copy of its template, so
+    that several Python threads may be in here; what is set here may differ between two calls of one
+    template.
+    """
+    q, k, v, mask = inputs[:4]
+    layout: Layout = (q.stride(), k.stride(), v.stride(), out.stride())
+    if gradients:
+        layout += (*[x.stride() for x in gradients], gradients[0].dtype)
+    template, has_options = plan.templates.get(layout) or plan.remember(problem, layout)
+    call = Call.from_buffer_copy(template)
+    call.q.data, call.k.data, call.v.data = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    call.out.data, call.lse = out.data_ptr(), lse.data_ptr()
+    if gradients:
+        for name, x in zip(TENSORS[4:], gradients, strict=True):
+            getattr(call, name).data = x.data_ptr()
+    call.threads = torch.get_num_threads()
+    call.scale = problem.scale  # equal problems may differ in it: 0.0 == -0.0
+    if isinstance(mask, Band):
+        call.mask_low, call.mask_high = mask.low, mask.high
+    return call, _fill_options(call, problem, inputs) if has_options else []
+
+
+def _template(problem: Problem, layout: Layout) -> tuple[bytes, bool]:
+    call = Call()
+    call.batch, call.q_heads, call.kv_heads = problem.batch, problem.q_heads, problem.kv_heads
+    call.q_len, call.kv_len = problem.q_len, problem.kv_len
+    call.head_dim, call.v_dim = problem.head_dim, problem.v_dim
+    call.softcap, call.mask_kind = problem.softcap, _MASKS[problem.mask]
+    for name, stride in zip(TENSORS, layout, strict=False):
+        dense = getattr(call, name)
+        dense.stride[:], dense.dtype = stride, _DTYPES[problem.dtype]
+    if len(layout) > len(TENSORS):
+        call.d_out.dtype = _DTYPES[layout[-1]]
+    has_options = call.mask_kind != _BAND or bool(
+        problem.bias
+        or problem.alibi
+        or problem.relative_bias
+        or problem.sinks
+        or problem.dropout_p
+        or problem.page_size
+    )
+    return bytes(call), has_options
+
+
+def _broadcast(x: Tensor, shape: tuple[int, ...]) -> CTensor:
     """``x`` as the library sees it, its strides those of ``x`` broadcast to ``shape``."""
-    stride = x.stride() if shape is None else x.expand(shape).stride()
+    stride = x.expand(shape).stride()
     padded = (*stride, *(0,) * (4 - len(stride)))
     return CTensor(x.data_ptr(), (_I64 * 4)(*padded), _DTYPES[x.dtype])
 
 
-def fill(call: Call, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor) -> list[Any]:
-    """Describe a call; returns the tensors made for it, which must live as long as it runs."""
+def _fill_options(call: Call, problem: Problem, inputs: Inputs) -> list[Any]:
+    """The optional tensors, dropout and the mask; returns what must live as long as the call."""
     alive: list[Any] = []
 
     def kept(x: Tensor) -> Tensor:
         alive.append(x)
         return x
 
-    call.batch, call.q_heads, call.kv_heads = problem.batch, problem.q_heads, problem.kv_heads
-    call.q_len, call.kv_len = problem.q_len, problem.kv_len
-    call.head_dim, call.v_dim = problem.head_dim, problem.v_dim
-    call.scale, call.softcap = problem.scale, problem.softcap
-    call.q, call.k, call.v = tensor(inputs.q), tensor(inputs.k), tensor(inputs.v)
-    call.out, call.lse = tensor(out), lse.data_ptr()
-    call.threads = torch.get_num_threads()
     heads = (problem.batch, problem.q_heads, problem.q_len)
     if (bias := inputs.bias) is not None:
-        bias = kept(bias.float()) if bias.dtype not in _DTYPES else bias
-        call.bias = tensor(bias, (*heads, problem.kv_len))
+        bias = (bias if bias.dtype in _DTYPES else bias.float()).resolve_neg()
+        call.bias = _broadcast(kept(bias), (*heads, problem.kv_len))
     if inputs.alibi is not None:
-        call.alibi = tensor(kept(inputs.alibi.float()), heads)
+        call.alibi = _broadcast(kept(inputs.alibi.resolve_neg().float()), heads)
     if inputs.relative_bias is not None:
-        table = kept(inputs.relative_bias.float().contiguous())
+        table = kept(inputs.relative_bias.resolve_neg().float().contiguous())
         call.relative_bias, call.relative_entries = table.data_ptr(), table.shape[1]
         call.relative_zero = problem.relative_zero
     if inputs.sinks is not None:
-        call.sinks = kept(inputs.sinks.float().contiguous()).data_ptr()
+        call.sinks = kept(inputs.sinks.resolve_neg().float().contiguous()).data_ptr()
     if inputs.position is not None:
         position = kept(inputs.position.contiguous())
         call.position, call.position_stride = position.data_ptr(), _batch_stride(position)
@@ -120,16 +202,15 @@ def fill(call: Call, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor)
 def _fill_mask(call: Call, inputs: Inputs, kept: Any) -> None:
     mask = inputs.mask
     if isinstance(mask, Band):
-        call.mask_kind, call.mask_low, call.mask_high = _BAND, mask.low, mask.high
         return
     if isinstance(mask, Ranges):
         start, stop = kept(mask.start.contiguous()), kept(mask.stop.contiguous())
-        call.mask_kind, call.mask_runs = _RANGES, start.shape[-1]
+        call.mask_runs = start.shape[-1]
         call.mask_first, call.mask_second = start.data_ptr(), stop.data_ptr()
     else:
         start = kept(mask.codes.contiguous())
         words = kept(mask.words.contiguous())
-        call.mask_kind, call.mask_first = _BITMAP, start.data_ptr()
+        call.mask_first = start.data_ptr()
         call.mask_words = words.data_ptr()
     call.mask_stride[0] = _batch_stride(start)
     call.mask_stride[1] = start.stride(1) if start.shape[1] > 1 else 0

@@ -1,9 +1,11 @@
 """Finds, loads and checks the native library; nothing is loaded until a function here is called.
 
 ``TILEWISE_LIBRARY`` may name another build of the library, for example one that CMake left in a
-source tree; it is then used instead of the installed one, never as a second guess.
+source tree; it is then used instead of the installed one, never as a second guess. The first call
+decides: the library that ran it runs the others.
 ``TILEWISE_FORCE_ISA`` names the kernel family to use instead of the best one: ``baseline``,
-``avx2`` or ``avx512``; a name that is unknown or that this processor cannot run is an error.
+``avx2``, ``avx512`` or ``avx512_bf16``; a name that is unknown or that this processor cannot run is an error. It is
+read by every call.
 
 The library has no threads of its own: it is given PyTorch's ``torch_parallel_for`` (PyTorch 2.10
 and later), so that ``torch.set_num_threads`` governs it and there is one pool. With an older
@@ -17,12 +19,13 @@ import functools
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .call import Call
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """The version of ``csrc/api.h`` that this module speaks."""
 
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -90,7 +93,7 @@ def last_isa() -> str:
 
 def strip_rows() -> int:
     """Queries of a strip, ``kRows`` in csrc/generic/strip.h: vectors times lanes."""
-    return {"avx512": 3 * 16, "avx2": 4 * 8, "baseline": 4 * 4}[isa()]
+    return {"avx512_bf16": 3 * 16, "avx512": 3 * 16, "avx2": 4 * 8, "baseline": 4 * 4}[isa()]
 
 
 def threading() -> str:
@@ -103,10 +106,17 @@ def run(direction: str, call: Call) -> None:
 
     Raises LibraryError with the library's message if it refuses the call.
     """
+    functions, isa = _kernels(os.environ.get("TILEWISE_FORCE_ISA"))
+    if functions[direction](call, isa) != 0:
+        raise LibraryError(f"native {direction}: {load().tilewise_error().decode('ascii')}")
+
+
+@functools.cache
+def _kernels(forced: str | None) -> tuple[dict[str, Any], bytes]:
+    """The entry points by direction, and the kernel family to ask them for."""
     library = load()
-    function = getattr(library, f"tilewise_{direction}")
-    if function(ctypes.byref(call), isa().encode("ascii")) != 0:
-        raise LibraryError(f"native {direction}: {library.tilewise_error().decode('ascii')}")
+    functions = {"forward": library.tilewise_forward, "backward": library.tilewise_backward}
+    return functions, _choose_isa(forced, library).encode("ascii")
 
 
 @functools.cache
