@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo test fast check lint sanitize bench wheel clean
+.PHONY: help install demo test fast check lint sanitize sanitize-threads bench kernels gpu-check wheel clean
 
 help:
 	@echo "make install   a virtual environment in .venv with tilewise and its tools"
@@ -25,7 +25,10 @@ help:
 	@echo "make fast      the tests that are not marked slow"
 	@echo "make check     format, lint, types, sizes, then all tests"
 	@echo "make sanitize  the native library's tests under AddressSanitizer and UBSan"
+	@echo "make sanitize-threads  its kernels under ThreadSanitizer"
 	@echo "make bench     a benchmark grid (SUITE=quick); results in out/bench"
+	@echo "make kernels   compile every Triton kernel for every GPU, without one; docs/kernels.md"
+	@echo "make gpu-check on a machine with a GPU: tests, races, times (ARGS='--part cases')"
 	@echo "make wheel     a wheel in dist/"
 	@echo "make clean     remove build products and results; keeps .venv"
 
@@ -47,11 +50,14 @@ demo: install
 	$(BIN)/tilewise train --out out/train --steps 400
 	$(BIN)/tilewise generate out/train
 
-test: install
-	$(PYTEST)
-
-fast: install
-	$(PYTEST) -m "not slow"
+# The Triton tests interpret their kernels, which a process has to decide before it imports Triton. Both
+# runs take place, whatever the first says.
+fast: MARKED := -m "not slow"
+test fast: install
+	@status=0; \
+	TRITON_INTERPRET=1 $(PYTEST) $(MARKED) tests/backends/triton || status=1; \
+	$(PYTEST) $(MARKED) --ignore=tests/backends/triton || status=1; \
+	exit $$status
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -66,14 +72,29 @@ check: lint test
 sanitize: install
 	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 		-DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-	cmake --build build/sanitize
+	cmake --build build/sanitize --parallel 2
 	TILEWISE_LIBRARY=$(CURDIR)/build/sanitize/libtilewise.so ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/backends tests/test_api.py -k native -m "not slow"
+		$(PYTEST) tests/backends tests/test_api.py -k native -m "not slow" \
+		--ignore=tests/backends/triton --ignore=tests/backends/native/test_ports.py
+
+# The kernels alone, in a program whose threads are its own: neither Python nor PyTorch is instrumented.
+sanitize-threads: install
+	cmake -S . -B build/sanitize-threads -DTILEWISE_CHECK=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DCMAKE_CXX_FLAGS="-fsanitize=thread"
+	cmake --build build/sanitize-threads --parallel 2 --target tilewise-check
+	TILEWISE_CHECK=$(CURDIR)/build/sanitize-threads/tilewise-check $(PYTEST) tests/backends/native/test_races.py
 
 bench: install
 	@mkdir -p out/bench
 	$(BIN)/tilewise bench --suite $(SUITE) --out out/bench
+
+kernels: install
+	$(BIN)/tilewise kernels --markdown docs/kernels.md
+
+# Straight from the tree, with the Python that holds the GPU's PyTorch: such machines are often bare.
+gpu-check:
+	PYTHONPATH=src $(PYTHON) tools/gpu_check.py $(ARGS)
 
 # On Linux auditwheel turns the plain linux tag into the manylinux tag that the library really meets;
 # a pure wheel (no compiler) has nothing to repair.
