@@ -26,6 +26,8 @@ def test_in_decode_the_length_is_the_caches():
         ({"mode": "sideways"}, "mode"),
         ({"mask": "triangle"}, "mask"),
         ({"kv_len": 0}, "kv_len"),
+        ({"dropout_p": 1.0}, "dropout_p"),
+        ({"dropout_p": 0.1, "mode": "decode"}, "dropout_p"),
     ],
 )
 def test_a_bad_case_is_named(options, named):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -97,6 +98,21 @@ def test_a_backend_that_cannot_is_not_replaced(monkeypatch, mode):
     step = providers.make_step(provider, case, providers.make_tensors(case, CPU))
     with pytest.raises(tilewise.UnsupportedError, match="not today"):
         step()
+
+
+@pytest.mark.parametrize("name", ["standard", "sdpa", "tilewise", "flex"])
+def test_dropout_reaches_those_that_take_it(name):
+    """Zeros among the weights: with v = 1 the rows no longer sum to 1."""
+    (provider,) = providers.select([name])
+    case = make_case((1, 2, 40, 8), dropout_p=0.5)
+    tensors = providers.make_tensors(case, CPU)
+    tensors = dataclasses.replace(tensors, v=torch.ones_like(tensors.v))
+    if name == "flex":
+        with pytest.raises(providers.Refused, match="dropout"):
+            providers.make_step(provider, case, tensors)
+        return
+    (out,) = providers.make_step(provider, case, tensors)()
+    assert (out - 1).abs().mean() > 0.05
 
 
 def test_flex_needs_a_compiler_and_has_no_backward_on_the_cpu(monkeypatch):

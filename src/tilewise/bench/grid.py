@@ -32,6 +32,7 @@ class Case:
     dtype: str = "float32"
     mask: str = "none"
     mode: str = "forward"
+    dropout_p: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "v_dim")
@@ -46,6 +47,10 @@ class Case:
             raise ValueError(f"dtype: got {self.dtype!r}, need one of {', '.join(DTYPES)}")
         if self.mode not in MODES:
             raise ValueError(f"mode: got {self.mode!r}, need one of {', '.join(MODES)}")
+        if not 0 <= self.dropout_p < 1:
+            raise ValueError(f"dropout_p: got {self.dropout_p}, need a number in [0, 1)")
+        if self.dropout_p and self.mode == "decode":
+            raise ValueError("dropout_p: got it with mode decode, which has no dropout")
         MaskSpec.parse(self.mask)
 
     @property
@@ -68,6 +73,8 @@ class Case:
             label += f" kv_len {self.kv_len}"
         if self.v_dim != self.head_dim:
             label += f" v_dim {self.v_dim}"
+        if self.dropout_p:
+            label += f" dropout {self.dropout_p:g}"
         return label
 
     def asdict(self) -> dict[str, Any]:
@@ -83,6 +90,7 @@ def make_case(
     kv_heads: int | None = None,
     kv_len: int | None = None,
     v_dim: int | None = None,
+    dropout_p: float = 0.0,
 ) -> Case:
     """A case from ``(B, H, S, D)``. In decode mode S is the cache's length and one query is new."""
     batch, heads, length, dim = shape
@@ -97,6 +105,7 @@ def make_case(
         dtype=dtype,
         mask=mask,
         mode=mode,
+        dropout_p=dropout_p,
     )
 
 
@@ -128,11 +137,12 @@ def product(
     dtypes: Sequence[str],
     masks: Sequence[str],
     modes: Sequence[str],
+    dropout_p: float = 0.0,
     **sizes: int | None,
 ) -> list[Case]:
     """Every combination, shapes slowest, so that neighbouring rows of a table belong together."""
     return [
-        make_case(shape, dtype=dtype, mask=mask, mode=mode, **sizes)
+        make_case(shape, dtype=dtype, mask=mask, mode=mode, dropout_p=dropout_p, **sizes)
         for shape in shapes
         for dtype in dtypes
         for mask in masks
@@ -214,6 +224,7 @@ def choose(
     kv_heads: int | None = None,
     kv_len: int | None = None,
     v_dim: int | None = None,
+    dropout_p: float = 0.0,
 ) -> list[Case]:
     """The cases that a user's options name: a suite, narrowed to what is given, or own shapes."""
     dtypes = [parse_dtype(text) for text in dtypes] if dtypes else None
@@ -228,9 +239,10 @@ def choose(
             kv_heads=kv_heads,
             kv_len=kv_len,
             v_dim=v_dim,
+            dropout_p=dropout_p,
         )
-    if kv_heads is not None or kv_len is not None or v_dim is not None:
-        raise ValueError("kv-heads, kv-len, v-dim: got with --suite; they go with --shape")
+    if kv_heads is not None or kv_len is not None or v_dim is not None or dropout_p:
+        raise ValueError("kv-heads, kv-len, v-dim, dropout: got with --suite; they go with --shape")
     cases = suite(suite_name or "")
     kept = [
         case

@@ -37,6 +37,8 @@ class Provider:
 
     name: str
     compiles = False
+    drops = False
+    """Whether it takes a case with dropout."""
 
     def unavailable(self, device: str) -> str | None:
         """Why this machine cannot run the provider on a device type ("cpu", "cuda"), or None."""
@@ -91,6 +93,8 @@ def make_step(provider: Provider, case: Case, tensors: Tensors) -> Step:
     whose forward has run here, once, and is kept. Raises :class:`Refused` where the provider does.
     """
     reason = provider.refuses(case, tensors.q.device.type)
+    if reason is None and case.dropout_p and not provider.drops:
+        reason = f"{provider.name} is not given dropout here"
     if reason is not None:
         raise Refused(reason)
     attend = provider.attend(case, tensors.q.device)
@@ -128,18 +132,21 @@ class Standard(Provider):
     """softmax(q k^T) v as plain PyTorch operations in the inputs' dtype, scores in memory."""
 
     name = "standard"
+    drops = True
 
     def attend(self, case: Case, device: torch.device) -> Attend:
         mask = case.spec.mask(case.q_len, case.kv_len, device)
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return _only(api.standard_attention(q, k, v, mask=mask))
+            return _only(api.standard_attention(q, k, v, mask=mask, dropout_p=case.dropout_p))
 
         return call
 
 
 class Tilewise(Provider):
     """This library, by the backend it picks itself or by one that is named."""
+
+    drops = True
 
     def __init__(self, backend: str = "auto") -> None:
         self.backend = backend
@@ -157,7 +164,9 @@ class Tilewise(Provider):
             return step
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return _only(api.attention(q, k, v, mask=mask, backend=backend))
+            return _only(
+                api.attention(q, k, v, mask=mask, dropout_p=case.dropout_p, backend=backend)
+            )
 
         return call
 
@@ -183,6 +192,8 @@ class Sdpa(Provider):
     lengths); every other mask as a dense boolean tensor, the one form that PyTorch takes. A forced
     kernel is chosen by a context manager inside the timed call, a few microseconds.
     """
+
+    drops = True
 
     def __init__(self, kernel: str | None = None) -> None:
         self.kernel = kernel
@@ -226,7 +237,12 @@ class Sdpa(Provider):
         if not causal and not case.spec.is_none:
             mask = case.spec.dense(case.q_len, case.kv_len, device).contiguous()
         grouped = case.q_heads != case.kv_heads
-        return {"attn_mask": mask, "is_causal": causal, "enable_gqa": grouped}
+        return {
+            "attn_mask": mask,
+            "is_causal": causal,
+            "enable_gqa": grouped,
+            "dropout_p": case.dropout_p,
+        }
 
     @staticmethod
     def _refusing(call: Attend) -> Attend:

@@ -24,6 +24,9 @@ def bench(
     kv_heads: Annotated[int | None, typer.Option(min=1, help="Key and value heads.")] = None,
     kv_len: Annotated[int | None, typer.Option(min=1, help="Key length; default: S.")] = None,
     v_dim: Annotated[int | None, typer.Option(min=1, help="Value dimension; default: D.")] = None,
+    dropout: Annotated[
+        float, typer.Option(help="Dropout probability; outputs are checked without it.")
+    ] = 0.0,
     dtype: Annotated[
         list[str] | None, typer.Option(help="float64, float32, bfloat16, float16 (repeatable).")
     ] = None,
@@ -63,6 +66,7 @@ def bench(
         kv_heads=kv_heads,
         kv_len=kv_len,
         v_dim=v_dim,
+        dropout_p=dropout,
     )
     chosen = select(providers.split(",") if providers else DEFAULT)
     if baseline not in {provider.name for provider in chosen}:
