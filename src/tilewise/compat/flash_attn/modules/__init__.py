@@ -1,0 +1,1 @@
+"""``flash_attn.modules``: multi-head attention."""
