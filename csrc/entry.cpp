@@ -20,17 +20,26 @@ bool has(const char* names, const char* wanted) {
   return padded.find(std::string(" ") + wanted + " ") != std::string::npos;
 }
 
-// Best first.
+// Best first; but AMX, which has run in emulation only, comes last and so runs only when it is named.
 const tilewise_kernels* const kAll[] = {
 #if defined(__x86_64__)
     &tilewise_avx512_bf16, &tilewise_avx512, &tilewise_avx2,
 #endif
-    &tilewise_baseline};
+    &tilewise_baseline,
+#if defined(__x86_64__)
+    &tilewise_amx,
+#endif
+};
 
 bool detect(const tilewise_kernels& kernels) {
   const char* f = tilewise_cpu_features();
   const bool avx512 = has(f, "avx512f") && has(f, "avx512dq") && has(f, "avx512bw") && has(f, "avx512vl") &&
                       has(f, "fma") && has(f, "f16c");
+#if defined(TILEWISE_EMULATE_AMX)
+  if (std::strcmp(kernels.isa, "amx") == 0) return avx512 && has(f, "avx512_bf16");
+#endif
+  if (std::strcmp(kernels.isa, "amx") == 0)
+    return avx512 && has(f, "avx512_bf16") && has(f, "amx_tile") && has(f, "amx_bf16");
   if (std::strcmp(kernels.isa, "avx512_bf16") == 0) return avx512 && has(f, "avx512_bf16");
   if (std::strcmp(kernels.isa, "avx512") == 0) return avx512;
   if (std::strcmp(kernels.isa, "avx2") == 0) return has(f, "avx2") && has(f, "fma") && has(f, "f16c");

@@ -117,14 +117,16 @@ inline void initial_state(const tilewise_call& c, Strip& s, float* out, std::int
   if (c.sinks == nullptr || !with_sinks) return;
   for (int r = 0; r < s.rows; ++r) {  // a sink is a key seen first: m = sink, l = 1
     const float sink = c.sinks[s.head[r]];
-    s.maximum[r] = sink * kLog2E;
+    s.maximum[r] = in_units(all(sink))[0];
     s.total[r] = sink == -kInfinity ? 0.0f : sink - sink + 1.0f;  // NaN for a sink of NaN or inf
   }
 }
 
 // What exponentiate() left, as the left operand whose inner dimension are the keys.
-inline Left<float> packed_weights(const float* tile, const float*) { return {tile, 1, kRows}; }
-inline Left<Pair> packed_weights(const float*, const Pair* weights) { return {weights, 1, kRows}; }
+inline Left<float> weights_along_keys(const float* tile, float*, std::int64_t, int) { return {tile, 1, kRows}; }
+inline Left<Pair> weights_along_keys(const float*, Pair* weights, std::int64_t keys, int lanes) {
+  return along_packed_keys(weights, kRows, keys, lanes);
+}
 
 template <class E>
 void forward_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Span span, bool partial, Left<E> k,
@@ -143,7 +145,8 @@ void forward_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Sp
   if (careful) {
     accumulate_visible(c, s, span.start, span.stop, w.scores, kv_head, out, v_width);
   } else {
-    const Left<E> p = packs ? packed_weights(w.scores, w.weights) : along_keys(w.scores, kRows, keys, s.lanes, w.weights);
+    const Left<E> p = packs ? weights_along_keys(w.scores, w.weights, keys, s.lanes)
+                            : along_keys(w.scores, kRows, keys, s.lanes, w.weights);
     matmul(s.rows, v_width / kLanes, elements<E>(keys), p, v, out, v_width, {1.0f, true});
   }
 }

@@ -3,6 +3,9 @@
 #include "operands.h"
 #include "rows.h"
 #include "matmul.h"
+#ifdef TILEWISE_TILE_REGISTERS
+#include "tiles.h"
+#endif
 #include "strip.h"
 #include "scores.h"
 #include "schedule.h"

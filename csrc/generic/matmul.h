@@ -63,6 +63,13 @@ void product_rows(std::int64_t m, std::int64_t k, Left<E> a, Right<E> b, float* 
 template <class E>
 void matmul(std::int64_t m, std::int64_t n, std::int64_t k, Left<E> a, Right<E> b, float* c,
             std::int64_t c_row, Store how) {
+  if constexpr (kTiles && kWidth<E> == 2) {
+    const std::int64_t done = tile_matmul(m, n, k, a, b, c, c_row, how);
+    if (done == m) return;
+    m -= done;
+    a = a.from(done);
+    c += done * c_row;
+  }
   for (std::int64_t j = 0; j < n;) {
     const std::int64_t left = n - j;
     const Right<E> bj{b.data + j * kLanes, b.row};

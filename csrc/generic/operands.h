@@ -117,6 +117,16 @@ inline Right<Pair> interleaved(const std::uint16_t* rows, std::int64_t row, std:
   return {to, width};
 }
 
+// Pairs of keys [elements(keys)][row] as the left operand whose inner dimension are the keys. Tile registers
+// want its rows unbroken: they are transposed into the room behind.
+inline Left<Pair> along_packed_keys(Pair* packed, std::int64_t row, std::int64_t keys, int lanes) {
+  const std::int64_t count = elements<Pair>(keys);
+  if (!kTiles || count % kLanes != 0) return {packed, 1, row};
+  Pair* to = packed + count * row;
+  for (std::int64_t p = 0; p < count; p += kLanes) transpose_words(packed + p * row, row, lanes, to + p, count);
+  return {to, count, 1};
+}
+
 // A tile [keys][row] of floats as the left operand whose inner dimension are the keys.
 inline Left<float> along_keys(const float* tile, std::int64_t row, std::int64_t, int, float*) {
   return {tile, 1, row};
@@ -127,7 +137,7 @@ inline Left<Pair> along_keys(const float* tile, std::int64_t row, std::int64_t k
       const Vec odd = j + 1 < keys ? load(tile + (j + 1) * row + v) : Vec{};
       store_words(to + j / 2 * row + v, pair_words(load(tile + j * row + v), odd));
     }
-  return {to, 1, row};
+  return along_packed_keys(to, row, keys, lanes);
 }
 
 // The same tile as the left operand whose inner dimension are its columns, the queries.

@@ -73,6 +73,7 @@ struct Pool {
 
   static void run(std::int64_t, std::int64_t, void* self) {
     Pool& pool = *static_cast<Pool*>(self);
+    [[maybe_unused]] const Session session{};
     try {
       for (std::int64_t t; !pool.failed && (t = pool.next.fetch_add(1)) < pool.tasks;) pool.task(t);
     } catch (const std::bad_alloc&) {

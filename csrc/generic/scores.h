@@ -25,6 +25,14 @@ inline void soft_cap(float* tile, std::int64_t count, float softcap) {
     store(tile + i, tanh_vec(load(tile + i) / softcap) * (softcap * kLog2E));
 }
 
+// A finite bias stays finite in units of log 2: people hide keys with the lowest float, and a row that has
+// nothing else spreads evenly.
+inline Vec in_units(Vec natural) {
+  const Vec x = natural * kLog2E;
+  const Vec low = (x == -kInfinity) & (natural != -kInfinity) ? all(-kLargest) : x;
+  return (low == kInfinity) & (natural != kInfinity) ? all(kLargest) : low;
+}
+
 // The entries of [j0, j1) whose place in the relative bias, j + shift, exists; the others are masked.
 inline Span relative_span(const tilewise_call& c, std::int64_t shift, std::int64_t j0, std::int64_t j1) {
   const std::int64_t start = clamp(-shift, j0, j1);
@@ -56,7 +64,7 @@ inline void add_stored_biases(const tilewise_call& c, const Strip& s, std::int64
     transpose_words(by_query, kKeys, keys, by_key, kLanes);
     for (std::int64_t j = 0; j < keys; ++j) {
       float* at = tile + j * kRows + v;
-      store(at, load(at) + load(by_key + j * kLanes) * kLog2E);
+      store(at, load(at) + in_units(load(by_key + j * kLanes)));
     }
   }
 }

@@ -32,11 +32,13 @@ struct Span {
 };
 
 // The keys of [j0, j1) between the first and the last that the strip may see: at a causal diagonal this
-// saves half a tile a strip, 15 % at 1024 keys. j0 is even; pairs are not torn apart.
+// saves half a tile a strip, 15 % at 1024 keys. j0 is a multiple of the step: pairs are not torn apart, and
+// tile registers stay full.
 template <class E>
 inline Span trimmed(const Strip& s, std::int64_t j0, std::int64_t j1) {
-  const std::int64_t start = s.first_key > j0 ? s.first_key / kWidth<E> * kWidth<E> : j0;
-  const std::int64_t last = elements<E>(s.last_key) * kWidth<E>, stop = last < j1 ? last : j1;
+  constexpr std::int64_t step = kTiles && kWidth<E> == 2 ? 32 : kWidth<E>;
+  const std::int64_t start = s.first_key > j0 ? s.first_key / step * step : j0;
+  const std::int64_t last = (s.last_key + step - 1) / step * step, stop = last < j1 ? last : j1;
   return {start, stop < start ? start : stop};
 }
 

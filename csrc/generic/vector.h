@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kLanes = kBytes / 4;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
 
 typedef float Vec __attribute__((vector_size(kBytes)));
 typedef std::int32_t IntVec __attribute__((vector_size(kBytes)));

@@ -11,7 +11,8 @@ constexpr int kAccumulators = 12;
 constexpr int kPanelVectors = 2;
 constexpr int kStripVectors = 4;
 const char* const kIsa = "avx2";
-constexpr bool kPairs = false;
+constexpr bool kPairs = false, kTiles = false;
+struct Session {};
 
 }  // namespace
 

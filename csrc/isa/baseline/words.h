@@ -9,7 +9,9 @@ constexpr int kAccumulators = 8;   // vectors that stay in registers during a ti
 constexpr int kPanelVectors = 2;   // vectors side by side in a tile product
 constexpr int kStripVectors = 4;   // queries of a strip, in vectors
 const char* const kIsa = "baseline";
-constexpr bool kPairs = false;  // no bfloat16 dot product
+constexpr bool kPairs = false;      // no bfloat16 dot product
+constexpr bool kTiles = false;      // no registers that hold tiles
+struct Session {};                  // nothing to set up in a thread before its tasks
 
 }  // namespace
 

@@ -23,7 +23,7 @@ from tilewise.tiles import Band, Ranges
 
 pytestmark = pytest.mark.skipif(library.load_error() is not None, reason=str(library.load_error()))
 ISAS = () if library.load_error() else library.isas()
-ALL_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+ALL_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_the_forced_isa_runs(isa):
     torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["avx1024", "AVX2", "amx"])
+@pytest.mark.parametrize("name", ["avx1024", "AVX2", "neon"])
 def test_an_unknown_isa_is_an_error(name, monkeypatch):
     monkeypatch.setenv("TILEWISE_FORCE_ISA", name)
     q = torch.randn(1, 2, 20, 8)

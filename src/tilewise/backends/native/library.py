@@ -93,7 +93,7 @@ def last_isa() -> str:
 
 def strip_rows() -> int:
     """Queries of a strip, ``kRows`` in csrc/generic/strip.h: vectors times lanes."""
-    return {"avx512_bf16": 3 * 16, "avx512": 3 * 16, "avx2": 4 * 8, "baseline": 4 * 4}[isa()]
+    return {"amx": 3 * 16, "avx512_bf16": 3 * 16, "avx512": 3 * 16, "avx2": 4 * 8, "baseline": 4 * 4}[isa()]
 
 
 def threading() -> str:

@@ -1,0 +1,88 @@
+// The tile product on tile registers (AMX): blocks of 16 rows by a few vectors, 16 elements a step.
+//
+// Two blocks of 16 rows by 3 vectors take 6 registers for sums and 2 for operands: 8 loads for 6 products,
+// and a load takes half as long as a product.
+#include <utility>
+
+namespace {
+
+constexpr std::int64_t kTileRows = 16, kTileElements = 16;
+constexpr int kLeftRegister = 6, kRightRegister = 7;
+
+template <class F, int... I>
+inline void unrolled(const F& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+// f(0) ... f(N - 1) with constants, which register numbers have to be.
+template <int N, class F>
+inline void unrolled(const F& f) {
+  unrolled(f, std::make_integer_sequence<int, N>{});
+}
+
+template <int Blocks, int Vectors, class E>
+void tile_block(Left<E> a, Right<E> b, float* c, std::int64_t c_row, std::int64_t k, Store how) {
+  unrolled<Blocks>([&](auto i) {
+    unrolled<Vectors>([&](auto j) {
+      constexpr int sum = i() * Vectors + j();
+      if (how.accumulate) {
+        tile_load<sum>(c + i() * kTileRows * c_row + j() * kLanes, c_row * 4);
+      } else {
+        tile_zero<sum>();
+      }
+    });
+  });
+  for (std::int64_t p = 0; p < k; p += kTileElements)
+    unrolled<Blocks>([&](auto i) {
+      tile_load<kLeftRegister>(a.data + i() * kTileRows * a.row + p, a.row * 4);
+      unrolled<Vectors>([&](auto j) {
+        tile_load<kRightRegister>(b.data + p * b.row + j() * kLanes, b.row * 4);
+        tile_dot<i() * Vectors + j(), kLeftRegister, kRightRegister>();
+      });
+    });
+  unrolled<Blocks>([&](auto i) {
+    unrolled<Vectors>([&](auto j) {
+      float* to = c + i() * kTileRows * c_row + j() * kLanes;
+      tile_store<i() * Vectors + j()>(to, c_row * 4);
+      if (how.accumulate || how.factor == 1.0f) return;
+      for (int r = 0; r < kTileRows; ++r) store(to + r * c_row, load(to + r * c_row) * how.factor);
+    });
+  });
+}
+
+template <int Vectors, class E>
+void tile_rows(std::int64_t m, Left<E> a, Right<E> b, float* c, std::int64_t c_row, std::int64_t k, Store how) {
+  constexpr int blocks = Vectors <= 3 ? 2 : 1;
+  std::int64_t i = 0;
+  for (; i + blocks * kTileRows <= m; i += blocks * kTileRows)
+    tile_block<blocks, Vectors>(a.from(i), b, c + i * c_row, c_row, k, how);
+  if (i < m) tile_block<1, Vectors>(a.from(i), b, c + i * c_row, c_row, k, how);
+}
+
+// As matmul, for the rows that fill tiles; returns how many those are.
+template <class E>
+std::int64_t tile_matmul(std::int64_t m, std::int64_t n, std::int64_t k, Left<E> a, Right<E> b, float* c,
+                         std::int64_t c_row, Store how) {
+  if (a.column != 1 || k % kTileElements != 0) return 0;
+  const std::int64_t rows = m / kTileRows * kTileRows;
+  for (std::int64_t j = 0; j < n;) {
+    const std::int64_t left = n - j;
+    const Right<E> bj{b.data + j * kLanes, b.row};
+    float* cj = c + j * kLanes;
+    if (left == 3 || left > 4) {
+      tile_rows<3>(rows, a, bj, cj, c_row, k, how);
+      j += 3;
+    } else if (left == 4) {
+      tile_rows<4>(rows, a, bj, cj, c_row, k, how);
+      j += 4;
+    } else if (left == 2) {
+      tile_rows<2>(rows, a, bj, cj, c_row, k, how);
+      j += 2;
+    } else {
+      tile_rows<1>(rows, a, bj, cj, c_row, k, how);
+      j += 1;
+    }
+  }
+  return rows;
+}
+
+}  // namespace
