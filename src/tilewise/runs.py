@@ -7,6 +7,8 @@ and never looks at the data.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -65,23 +67,24 @@ def of_boolean_rows(visible: Tensor, most: int) -> Runs | None:
 
     ``visible`` is bool ``[..., kv_len]``; needs the data, so it cannot be traced.
     """
-    kv_len = visible.shape[-1]
-    edge = torch.zeros_like(visible[..., :1])
-    left = torch.cat([edge, visible[..., :-1]], dim=-1)
-    right = torch.cat([visible[..., 1:], edge], dim=-1)
-    begins, ends = visible & ~left, visible & ~right
-    count = begins.sum(-1)
-    if count.numel() and int(count.max()) > most:
+    *lead, kv_len = visible.shape
+    rows = visible.reshape(math.prod(lead), kv_len)
+    # Where a row changes from one key to the next, with hidden keys before and after it: runs begin
+    # and end there in turn. 16 bytes are kept a change, nothing else as wide as the rows but this.
+    changes = visible.new_empty(rows.shape[0], kv_len + 1)
+    changes[:, 0], changes[:, -1] = (rows[:, 0], rows[:, -1]) if kv_len else (False, False)
+    changes[:, 1:-1] = rows[:, 1:] ^ rows[:, :-1]
+    if int(changes.count_nonzero()) > 2 * most * rows.shape[0]:
         return None
-    runs: Runs = []
-    for k in range(most):
-        nth_begin = begins & (begins.cumsum(-1, dtype=torch.int32) == k + 1)
-        nth_end = ends & (ends.cumsum(-1, dtype=torch.int32) == k + 1)
-        has = count > k
-        start = nth_begin.to(torch.uint8).argmax(-1) if kv_len else count
-        stop = nth_end.to(torch.uint8).argmax(-1) + 1 if kv_len else count
-        runs.append((torch.where(has, start, 0), torch.where(has, stop, 0)))
-    return runs
+    row, at = changes.nonzero(as_tuple=True)
+    count = torch.bincount(row, minlength=rows.shape[0])
+    if count.numel() and int(count.max()) > 2 * most:
+        return None
+    bounds = at.new_zeros(rows.shape[0], 2 * most)
+    first = count.cumsum(0) - count
+    bounds[row, torch.arange(row.numel(), device=row.device) - first[row]] = at
+    ends = bounds.view(*lead, 2 * most).unbind(-1)
+    return list(zip(ends[::2], ends[1::2], strict=True))
 
 
 def is_grouped(ids: Tensor) -> bool:
