@@ -4,6 +4,7 @@ from . import masks
 from .api import attention, attention_varlen, decode, explain, standard_attention
 from .explanation import Explanation
 from .problem import UnsupportedError
+from .switch import disable, enable
 
 __version__ = "0.1.0"
 
@@ -13,6 +14,8 @@ __all__ = [
     "attention",
     "attention_varlen",
     "decode",
+    "disable",
+    "enable",
     "explain",
     "masks",
     "standard_attention",
