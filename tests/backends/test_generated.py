@@ -144,3 +144,30 @@ def test_long_sums_stay_accurate(backend, tile_sizes, compared):
     if not agrees_with_float64(case, backend, tiles=8):
         pytest.skip(f"{backend} does not take this")
     compared(f"{backend}, 4096 keys", 1)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("extra", [{}, {"scale": 1.0}, {"alibi": torch.full((4,), 0.5)}], ids=str)
+def test_the_lowest_float_as_a_bias_hides_but_a_row_of_it_spreads_evenly(backend, dtype, extra):
+    """Libraries mask with the lowest float; it must not overflow in a kernel's own units."""
+    bias = torch.zeros(1, 1, 70, 70, dtype=dtype)
+    bias[..., 35:] = torch.finfo(dtype).min
+    bias[..., 60:, :] = torch.finfo(dtype).min
+    q, k, v = (torch.randn(1, 4, 70, 16).to(dtype).requires_grad_() for _ in range(3))
+    try:
+        out = tilewise.attention(q, k, v, bias=bias, backend=backend, **extra)
+    except tilewise.UnsupportedError as reason:
+        pytest.skip(str(reason))
+
+    def standard(to: torch.dtype) -> torch.Tensor:
+        options = {n: x.to(to) if isinstance(x, torch.Tensor) else x for n, x in extra.items()}
+        inputs = (x.detach().to(to) for x in (q, k, v))
+        return tilewise.standard_attention(*inputs, bias=bias.to(to), **options).double()
+
+    want = standard(torch.float64)
+    rounding = torch.finfo(dtype).eps * want.abs().max()
+    bound = 2 * (standard(dtype) - want).abs().max() + rounding
+    assert (out.double() - want).abs().max() <= bound
+    grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    assert all(grad.isfinite().all() for grad in grads)
