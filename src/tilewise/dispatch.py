@@ -7,14 +7,14 @@ A backend is a module with ``unsupported_reasons(problem)``, ``plan(problem)``, 
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol, cast
 
 from torch import Tensor
 
 from .problem import Inputs, Plan, Problem, UnsupportedError
 
-AUTO = ("native", "tiled")
+AUTO = ("native", "triton", "tiled")
 """The order in which ``backend="auto"`` asks."""
 
 BACKENDS = (*AUTO, "reference")
@@ -41,12 +41,16 @@ class Backend(Protocol):
         out: Tensor,
         lse: Tensor,
         d_out: Tensor,
-        d_lse: Tensor,
+        d_lse: Tensor | None,
         needs: dict[str, bool],
     ) -> dict[str, Tensor]:
-        """The gradients asked for by ``needs``, each in its input's dtype and shape."""
+        """The gradients asked for by ``needs``, each in its input's dtype and shape.
+
+        ``d_lse`` is None where nothing was made of ``lse``.
+        """
 
 
+@cache
 def backend_module(name: str) -> Backend:
     """Import the backend ``name``."""
     return cast(Backend, importlib.import_module(f"tilewise.backends.{name}"))

@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from . import __version__
+from .backends import triton
 from .backends.native import library
 from .dispatch import BACKENDS
 
@@ -26,11 +27,12 @@ PROVIDERS = ("triton", "xformers", "flash_attn", "transformers")
 """Optional packages that tilewise can be compared with or plugged into."""
 
 # Per backend, what keeps it from running on this machine. A backend without an entry is an error
-# rather than "available" by default. The last two need nothing but torch.
+# rather than "available" by default. The second and third need nothing but torch.
 _OBSTACLE: dict[str, Callable[[], str | None]] = {
     "native": library.load_error,
     "reference": lambda: None,
     "tiled": lambda: None,
+    "triton": triton.load_error,
 }
 
 

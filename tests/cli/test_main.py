@@ -16,7 +16,7 @@ def tilewise(*arguments):
 def test_help_lists_the_commands():
     done = tilewise("--help")
     assert done.returncode == 0
-    for command in ("compare", "bench", "train", "generate", "explain", "doctor"):
+    for command in ("compare", "bench", "train", "generate", "explain", "doctor", "kernels"):
         assert f" {command} " in done.stdout
 
 

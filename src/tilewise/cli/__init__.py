@@ -9,6 +9,7 @@ from .compare import compare
 from .doctor import doctor
 from .explain import explain
 from .generate import generate
+from .kernels import kernels
 from .train import train
 
 app = typer.Typer(
@@ -17,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for _command in (compare, bench, train, generate, explain, doctor):
+for _command in (compare, bench, train, generate, explain, doctor, kernels):
     app.command()(_command)
 
 

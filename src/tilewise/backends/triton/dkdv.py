@@ -1,0 +1,345 @@
+"""Gradients of keys and values: one program for each block of keys of each kv head.
+
+It owns its rows of dK and dV, and visits every query that sees them, of all heads that share the kv
+head: each sum has one order, and nothing is added atomically. If a tile has no more queries than
+keys it is computed with the keys as rows: ``P^T`` and ``dS^T``, the left factors of the products
+that they go into, then stay in registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...problem import Inputs, Problem
+from . import launch
+from .arguments import UNSPECIALISED, operand
+from .attend import FEW, Keys
+from .plan import TritonPlan
+from .primitives import (
+    BITMAP,
+    NONE,
+    Rows,
+    accumulate,
+    all_finite,
+    kept,
+    load_runs,
+    load_where,
+    operand_of_head,
+    row_place,
+    store_queries,
+    store_tile,
+    visible_entries,
+)
+from .score_gradients import (
+    Shared,
+    careful_gradients,
+    columns_at_once,
+    given,
+    load_pair,
+    load_sources,
+    rows_of_block,
+    score_gradients,
+)
+from .walk import tile_at
+from .walk_queries import (
+    bound_arguments,
+    bound_runs,
+    empty_segments,
+    query_order,
+    segment_arguments,
+    segment_runs,
+    walk_queries,
+    wide,
+)
+
+
+@triton.jit
+def add_queries(
+    call,
+    sums,
+    wanted,
+    block,
+    k,
+    v,
+    batch,
+    head,
+    first_key,
+    FULL: tl.constexpr,
+    FORM: tl.constexpr,
+    RAW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """Add what a block of queries gives to ``sums``: dK, dV, and the sum of dS over queries, which
+    is left alone where ``wanted`` is None."""
+    d_k, d_v, d_bias = sums
+    # The longer side is the rows: what each thread holds per column is then little.
+    KEYS_FIRST: tl.constexpr = k.shape[0] >= BLOCK_Q
+    key = first_key + tl.arange(0, k.shape[0])
+    rows = rows_of_block(call, batch, head, block * BLOCK_Q + tl.arange(0, BLOCK_Q))
+    queries = load_sources(call, rows, HEAD_DIM, V_DIM, k.shape[1], v.shape[1])
+    visible, keep = None, None
+    if not FULL:
+        runs = load_runs(call.mask, rows, FORM)
+        visible = visible_entries(call.mask, runs, rows, key, call.kv_len, FORM, KEYS_FIRST)
+    if call.terms.seed is not None:
+        keep = kept(call.terms, call.numbers, rows, first_key, BLOCK_Q, k.shape[0])
+        if KEYS_FIRST:
+            keep = tl.trans(keep)
+    weights, d_scores, d_products = score_gradients(
+        call, queries, k, v, rows, key, visible, keep, RAW, KEYS_FIRST
+    )
+    if KEYS_FIRST:
+        d_v = accumulate(d_v, weights, queries.d_out)
+        d_k = accumulate(d_k, d_products, queries.q)
+    else:
+        d_v = accumulate(d_v, tl.trans(weights.to(queries.d_out.dtype)), queries.d_out)
+        d_k = accumulate(d_k, tl.trans(d_products.to(queries.q.dtype)), queries.q)
+    if wanted is not None:
+        d_bias += tl.sum(d_scores, 1 if KEYS_FIRST else 0)
+    return d_k, d_v, d_bias
+
+
+@triton.jit
+def visit_queries(
+    call,
+    d_k,
+    d_v,
+    d_bias,
+    order,
+    counts,
+    segments,
+    k,
+    v,
+    batch,
+    kv_head,
+    block,
+    FULL: tl.constexpr,
+    FORM: tl.constexpr,
+    RAW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """Add to dK and dV the full (or partial) tiles of a block of keys, one query head after the
+    other; store the sums of dS over queries where ``d_bias`` is not None."""
+    BLOCK_KV: tl.constexpr = k.shape[0]
+    first = block * BLOCK_KV
+    last = tl.minimum(first + BLOCK_KV, call.kv_len) - 1
+    for member in range(call.group):
+        head = kv_head * call.group + member
+        sums = (d_k, d_v, tl.zeros((BLOCK_KV,), tl.float32))
+        found, listed, counted = None, None, None
+        if segments is not None:
+            found = row_place(segments, batch, head, block)
+        if FORM == BITMAP:
+            listed = row_place(order, batch, head, block)
+            counted = row_place(counts, batch, head, block)
+        walk = walk_queries(
+            call.mask, first, last, call.q_len, found, listed, counted, FORM, BLOCK_Q
+        )
+        for t in tl.range(0, walk.fulls if FULL else walk.partials):
+            sums = add_queries(
+                call, sums, d_bias, tile_at(walk, t, FULL, FORM), k, v, batch, head, first,
+                FULL, FORM, RAW, HEAD_DIM, V_DIM, BLOCK_Q,
+            )  # fmt: skip
+        d_k, d_v, column = sums
+        if d_bias is not None:
+            key = first + tl.arange(0, BLOCK_KV)
+            place = row_place(d_bias, batch, head, key) + (1 if FULL else 0) * d_bias.stride[3]
+            tl.store(place, column, mask=key < call.kv_len)
+    return d_k, d_v
+
+
+@triton.jit
+def visit_carefully(
+    call,
+    to,
+    d_bias,
+    batch,
+    kv_head,
+    first,
+    VALUES: tl.constexpr,
+    FORM: tl.constexpr,
+    RAW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PADDED_V: tl.constexpr,
+):
+    """Store in ``to`` dV (or dK) of ``FEW`` keys from ``first``, so that the inf or NaN of a query
+    reaches only the keys that it sees; and the sums for ``d_bias``. A few columns at a time, with
+    all else computed again for each of them."""
+    key = first + tl.arange(0, FEW)
+    live = key < call.kv_len
+    at_k = operand_of_head(call.k, batch, kv_head)
+    keys = Keys(at_k, operand_of_head(call.v, batch, kv_head), None, 0, 0)
+    source = call.d_out if VALUES else call.q
+    factor = call.numbers.keep if VALUES else call.numbers.scale
+    DIM: tl.constexpr = V_DIM if VALUES else HEAD_DIM
+    PADDED: tl.constexpr = PADDED_V if VALUES else PADDED_DIM
+    STEP: tl.constexpr = columns_at_once(source.at.dtype.element_ty, PADDED)
+    for left in tl.range(0, PADDED, STEP, num_stages=1):
+        column = left + tl.arange(0, STEP)
+        total = tl.zeros((FEW, STEP), tl.float32)
+        for member in range(call.group):
+            head = kv_head * call.group + member
+            row_sum = tl.zeros((FEW,), tl.float32)
+            for start in tl.range(0, call.q_len, FEW, num_stages=1):
+                rows = rows_of_block(call, batch, head, start + tl.arange(0, FEW))
+                runs = load_runs(call.mask, rows, FORM)
+                weights, d_scores, d_products, visible = careful_gradients(
+                    call, keys, rows, runs, first,
+                    FORM, RAW, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V, True,
+                )  # fmt: skip
+                place = row_place(source, batch, head, rows.query)[:, None]
+                place = place + column[None, :] * source.stride[3]
+                x = load_where(place, rows.live, column, DIM, PADDED)
+                total = accumulate(total, weights if VALUES else d_products, x, visible, True)
+                row_sum += tl.sum(d_scores, 1)
+            if d_bias is not None:
+                place = row_place(d_bias, batch, head, key)
+                tl.store(place, row_sum, mask=live)
+                tl.store(place + d_bias.stride[3], tl.zeros_like(row_sum), mask=live)
+        place = row_place(to, batch, kv_head, key)[:, None] + column[None, :] * to.stride[3]
+        store_tile(place, total * factor, live, column, DIM)
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALISED, "blocks"])
+def dkdv_kernel(
+    q,
+    k,
+    v,
+    d_out,
+    lse,
+    delta,
+    terms,
+    first,
+    second,
+    scale,
+    softcap,
+    keep,
+    threshold,
+    relative_zero,
+    relative_entries,
+    low,
+    high,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    d_k,
+    d_v,
+    d_bias,
+    order,
+    counts,
+    segments,
+    blocks,
+    FORM: tl.constexpr,
+    RAW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
+    """dK and dV of one block of keys.
+
+    Partial tiles come first. If an inf or NaN turns up in their sums, it may have come from a query
+    that a key is not seen by, and the keys are done again with care, a few at a time. So the loops
+    that every call runs pay nothing for it.
+    """
+    call = given(
+        q, k, v, d_out, lse, delta, terms, first, second, scale, softcap, keep, threshold,
+        relative_zero, relative_entries, low, high, heads, group, q_len, kv_len,
+    )  # fmt: skip
+    # The first keys come first: under a causal mask the most queries see them.
+    block, place = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    batch, kv_head = place // (heads // group), place % (heads // group)
+    start = block * BLOCK_KV
+    key = start + tl.arange(0, BLOCK_KV)
+    live = key < kv_len
+    keys = Keys(operand_of_head(k, batch, kv_head), operand_of_head(v, batch, kv_head), None, 0, 0)
+    k_tile, v_tile = load_pair(keys, start, live, BLOCK_KV, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V)
+    sum_k = tl.zeros((BLOCK_KV, PADDED_DIM), tl.float32)
+    sum_v = tl.zeros((BLOCK_KV, PADDED_V), tl.float32)
+    if FORM != NONE:
+        sum_k, sum_v = visit_queries(
+            call, sum_k, sum_v, d_bias, order, counts, segments, k_tile, v_tile, batch, kv_head,
+            block, False, FORM, RAW, HEAD_DIM, V_DIM, BLOCK_Q,
+        )  # fmt: skip
+    # Without a mask nothing is hidden: what is not a number belongs there.
+    if (FORM == NONE) or (all_finite(sum_k) & all_finite(sum_v)):
+        sum_k, sum_v = visit_queries(
+            call, sum_k, sum_v, d_bias, order, counts, segments, k_tile, v_tile, batch, kv_head,
+            block, True, FORM, RAW, HEAD_DIM, V_DIM, BLOCK_Q,
+        )  # fmt: skip
+        rows = Rows(batch, kv_head, key, live, None, None)
+        store_queries(d_k, rows, sum_k * scale, HEAD_DIM)
+        store_queries(d_v, rows, sum_v * keep, V_DIM)
+    else:
+        for some in tl.range(0, BLOCK_KV // FEW, num_stages=1):
+            visit_carefully(
+                call, d_v, d_bias, batch, kv_head, start + some * FEW,
+                True, FORM, RAW, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V,
+            )  # fmt: skip
+            visit_carefully(
+                call, d_k, None, batch, kv_head, start + some * FEW,
+                False, FORM, RAW, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V,
+            )  # fmt: skip
+
+
+def run(
+    problem: Problem,
+    inputs: Inputs,
+    plan: TritonPlan,
+    shared: Shared,
+    d_k: Tensor,
+    d_v: Tensor,
+    d_bias: Tensor | None,
+) -> None:
+    """Write dK and dV, and into ``d_bias [batch, q_heads, kv_len, 2]``, if given, the sums of dS
+    over queries, those of partial and of full tiles apart."""
+    options, tile = shared.options, plan.dkdv
+    segments = None
+    if (found := empty_segments(problem, inputs, tile.block_q, tile.block_kv)) is not None:
+        bounds, segments = found
+        arguments, named = bound_arguments(problem, options, bounds, tile.block_q)
+        grid = (bounds[..., 0, :].numel(),)
+        launch.run(bound_runs, grid, plan.architecture, arguments, named)
+        arguments, named = segment_arguments(problem, options, bounds, segments, tile.block_kv)
+        grid = (segments[..., 0].numel(),)
+        launch.run(segment_runs, grid, plan.architecture, arguments, named)
+    arguments, named = launch_arguments(problem, inputs, plan, shared, d_k, d_v, d_bias, segments)
+    grid = (arguments[-1] * problem.batch * problem.kv_heads,)
+    launch.run(dkdv_kernel, grid, plan.architecture, arguments, named)
+
+
+def launch_arguments(
+    problem: Problem,
+    inputs: Inputs,
+    plan: TritonPlan,
+    shared: Shared,
+    d_k: Tensor,
+    d_v: Tensor,
+    d_bias: Tensor | None,
+    segments: Tensor | None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What ``dkdv_kernel`` is launched with."""
+    tile, options = plan.dkdv, shared.options
+    arguments = (
+        *shared.arguments,
+        operand(d_k),
+        operand(d_v),
+        None if d_bias is None else operand(d_bias),
+        *query_order(problem, inputs, tile.block_q, tile.block_kv),
+        None if segments is None else wide(problem, segments),
+        triton.cdiv(problem.kv_len, tile.block_kv),
+    )
+    return arguments, options.features | tile.options()
