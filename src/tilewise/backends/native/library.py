@@ -4,8 +4,9 @@
 source tree; it is then used instead of the installed one, never as a second guess. The first call
 decides: the library that ran it runs the others.
 ``TILEWISE_FORCE_ISA`` names the kernel family to use instead of the best one: ``baseline``,
-``avx2``, ``avx512`` or ``avx512_bf16``; a name that is unknown or that this processor cannot run is an error. It is
-read by every call.
+``avx2``, ``avx512``, ``avx512_bf16`` or ``amx``; a name that is unknown or that this processor
+cannot run is an error. It is read by every call. ``amx`` runs only when it is named: it has been
+tested in emulation, not on a processor.
 
 The library has no threads of its own: it is given PyTorch's ``torch_parallel_for`` (PyTorch 2.10
 and later), so that ``torch.set_num_threads`` governs it and there is one pool. With an older
@@ -93,7 +94,7 @@ def last_isa() -> str:
 
 def strip_rows() -> int:
     """Queries of a strip, ``kRows`` in csrc/generic/strip.h: vectors times lanes."""
-    return {"amx": 3 * 16, "avx512_bf16": 3 * 16, "avx512": 3 * 16, "avx2": 4 * 8, "baseline": 4 * 4}[isa()]
+    return {"avx2": 4 * 8, "baseline": 4 * 4}.get(isa(), 3 * 16)
 
 
 def threading() -> str:
