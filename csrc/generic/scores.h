@@ -98,44 +98,43 @@ inline void scores(const tilewise_call& c, const Strip& s, Span span, Left<E> k,
   add_biases(c, s, span.start, span.stop, tile);
 }
 
-// Philox 4x32-10 for four keys of every query of the strip; the lanes make it vector code.
-inline void philox(const tilewise_call& c, const Strip& s, std::uint32_t quad, std::uint32_t words[4][kRows]) {
-  std::uint32_t c0[kRows], c1[kRows], c2[kRows], c3[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    c0[r] = quad;
-    c1[r] = static_cast<std::uint32_t>(s.query[r]);
-    c2[r] = static_cast<std::uint32_t>(s.head[r]);
-    c3[r] = static_cast<std::uint32_t>(s.batch);
+// Philox 4x32-10 for four keys of kLanes queries of the strip, from lane v on.
+inline void philox(const tilewise_call& c, const Strip& s, int v, std::uint32_t quad, IntVec words[4]) {
+  IntVec c0 = all_int(static_cast<std::int32_t>(quad)), c1{}, c2{};
+  IntVec c3 = all_int(static_cast<std::int32_t>(s.batch));
+  for (int lane = 0; lane < kLanes; ++lane) {
+    c1[lane] = static_cast<std::int32_t>(s.query[v + lane]);
+    c2[lane] = static_cast<std::int32_t>(s.head[v + lane]);
   }
   std::uint32_t k0 = static_cast<std::uint32_t>(c.seed), k1 = static_cast<std::uint32_t>(c.seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    for (int r = 0; r < kRows; ++r) {
-      const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c0[r], p1 = std::uint64_t{0xCD9E8D57u} * c2[r];
-      c0[r] = static_cast<std::uint32_t>(p1 >> 32) ^ c1[r] ^ k0;
-      c1[r] = static_cast<std::uint32_t>(p1);
-      c2[r] = static_cast<std::uint32_t>(p0 >> 32) ^ c3[r] ^ k1;
-      c3[r] = static_cast<std::uint32_t>(p0);
-    }
+    const Wide p0 = multiply_wide(c0, 0xD2511F53u), p1 = multiply_wide(c2, 0xCD9E8D57u);
+    c0 = p1.high ^ c1 ^ all_int(static_cast<std::int32_t>(k0));
+    c1 = p1.low;
+    c2 = p0.high ^ c3 ^ all_int(static_cast<std::int32_t>(k1));
+    c3 = p0.low;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  for (int r = 0; r < kRows; ++r) {
-    words[0][r] = c0[r];
-    words[1][r] = c1[r];
-    words[2][r] = c2[r];
-    words[3][r] = c3[r];
-  }
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
 }
 
-// Multiply from by keep_factor where an entry is kept and by 0 where it is dropped, into to.
+// Multiply from by keep_factor where an entry is kept and by 0 where it is dropped, into to. A word is
+// compared as an unsigned number: with its top bit flipped, the signed comparison says the same.
 inline void drop(const tilewise_call& c, const Strip& s, std::int64_t j0, std::int64_t j1, const float* from,
                  float* to) {
-  std::uint32_t words[4][kRows];
-  for (std::int64_t j = j0; j < j1; ++j) {
-    if (j == j0 || j % 4 == 0) philox(c, s, static_cast<std::uint32_t>(j / 4), words);
-    for (int r = 0; r < kRows; ++r) {
-      const std::int64_t at = (j - j0) * kRows + r;
-      to[at] = from[at] * (words[j % 4][r] >= c.keep_threshold ? c.keep_factor : 0.0f);
+  constexpr std::int32_t flip = std::numeric_limits<std::int32_t>::min();
+  const IntVec least = all_int(static_cast<std::int32_t>(c.keep_threshold) ^ flip);
+  const Vec kept = all(c.keep_factor);
+  for (int v = 0; v < s.lanes; v += kLanes) {
+    IntVec words[4];
+    for (std::int64_t j = j0; j < j1; ++j) {
+      if (j == j0 || j % 4 == 0) philox(c, s, v, static_cast<std::uint32_t>(j / 4), words);
+      const std::int64_t at = (j - j0) * kRows + v;
+      store(to + at, load(from + at) * ((words[j % 4] ^ flip) >= least ? kept : all(0.0f)));
     }
   }
 }

@@ -36,6 +36,19 @@ inline bool is_any(IntVec v) {
   for (int i = 0; i < kLanes; ++i) word |= v[i];
   return word != 0;
 }
+// Both halves of the 64-bit product of unsigned lanes.
+struct Wide {
+  IntVec low, high;
+};
+inline Wide multiply_wide_portable(IntVec a, std::uint32_t b) {
+  Wide w;
+  for (int i = 0; i < kLanes; ++i) {
+    const std::uint64_t product = std::uint64_t{static_cast<std::uint32_t>(a[i])} * b;
+    w.low[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(product));
+    w.high[i] = static_cast<std::int32_t>(product >> 32);
+  }
+  return w;
+}
 inline IntVec bits(Vec v) { return (IntVec)v; }
 inline Vec from_bits(IntVec v) { return (Vec)v; }
 

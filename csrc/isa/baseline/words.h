@@ -21,6 +21,7 @@ namespace {
 
 Vec load_half(const std::uint16_t* p) { return load_half_portable(p); }
 
+Wide multiply_wide(IntVec a, std::uint32_t b) { return multiply_wide_portable(a, b); }
 Vec larger(Vec candidate, Vec running) { return candidate > running ? candidate : running; }
 Vec exp2_vec(Vec t) { return exp2_portable(t); }
 void store_bfloat(std::uint16_t* p, Vec v) { store_bfloat_portable(p, v); }
