@@ -97,12 +97,19 @@ def load_columns(
 
 
 @triton.jit
+def unknown(call, count):
+    """``count`` as the limit of a loop that is not to be unrolled. No length is negative, but the
+    compiler does not know; unrolled, the careful loops alone would fill the registers."""
+    return count + tl.minimum(call.kv_len, 0)
+
+
+@triton.jit
 def careful_product(call, keys, rows, first, live, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
     """``q . k`` of ``FEW`` rows and keys, ``FEW`` columns at a time: with tiles this small a thread
     would hold whole rows of both in registers."""
     tile = tl.zeros((FEW, FEW), tl.float32)
     row = row_place(call.q, rows.batch, rows.head, rows.query)
-    for begin in tl.range(0, PADDED, FEW, num_stages=1):
+    for begin in tl.range(0, unknown(call, PADDED), FEW, num_stages=1):
         column = begin + tl.arange(0, FEW)
         place = row[:, None] + column[None, :].to(tl.int64) * call.q.stride[3]
         q = load_where(place, rows.live, column, HEAD_DIM, FEW)
@@ -235,7 +242,7 @@ def attend(
             )  # fmt: skip
         write(call, rows, maximum, total, out, column, RAW, V_DIM)
     else:
-        for some in tl.range(0, BLOCK_Q // FEW, num_stages=1):
+        for some in tl.range(0, unknown(call, BLOCK_Q // FEW), num_stages=1):
             index = block * BLOCK_Q + some * FEW + tl.arange(0, FEW)
             if PADDED_V <= WIDTH:
                 attend_carefully(
@@ -243,7 +250,7 @@ def attend(
                     PACKED, FORM, RAW, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V, BLOCK_KV,
                 )  # fmt: skip
             else:
-                for begin in tl.range(0, PADDED_V, WIDTH, num_stages=1):
+                for begin in tl.range(0, unknown(call, PADDED_V), WIDTH, num_stages=1):
                     attend_carefully(
                         call, keys, batch, head, index, walk, first, last, begin,
                         PACKED, FORM, RAW, HEAD_DIM, V_DIM, PADDED_DIM, WIDTH, BLOCK_KV,
@@ -285,7 +292,7 @@ def attend_carefully(
             tile = tile_at(walk, t, False, FORM)
         else:
             tile = tile_at(walk, t - walk.partials, True, FORM)
-        for some in tl.range(0, BLOCK_KV // FEW, num_stages=1):
+        for some in tl.range(0, unknown(call, BLOCK_KV // FEW), num_stages=1):
             start = tile * BLOCK_KV + some * FEW
             maximum, total, out = step(
                 call, None, keys, rows, runs, walk, start, maximum, total, out, column,

@@ -26,7 +26,10 @@ from .arguments import DTYPES, UNSPECIALISED, operand
 from .attend import Keys
 from .plan import TritonPlan
 from .primitives import (
+    BAND,
+    BITMAP,
     NONE,
+    TWO_RUNS,
     kept,
     kept_anywhere,
     load_runs,
@@ -34,15 +37,8 @@ from .primitives import (
     visible_anywhere,
     visible_entries,
 )
-from .score_gradients import (
-    Shared,
-    given,
-    load_pair,
-    load_sources,
-    rows_of_block,
-    score_gradients,
-)
-from .walk import FAR
+from .score_gradients import Shared, given, gradients_in_steps, rows_of_block
+from .walk import FAR, run_bounds
 
 ENOUGH_PROGRAMS = 512
 """With fewer tiles than this the sum over batch and heads is split between programs: about four for
@@ -66,25 +62,34 @@ def add_tile(
     """``total`` plus dS of its shape: of ``rows`` and the keys from ``first``, of which some may
     not exist."""
     key = first + tl.arange(0, total.shape[1])
-    live = (key >= 0) & (key < call.kv_len)
     kv_head = rows.head // call.group
-    keys = Keys(
-        operand_of_head(call.k, rows.batch, kv_head),
-        operand_of_head(call.v, rows.batch, kv_head),
-        None,
-        0,
-        0,
+    at_k = operand_of_head(call.k, rows.batch, kv_head)
+    keys = Keys(at_k, operand_of_head(call.v, rows.batch, kv_head), None, 0, 0)
+    _, d_scores, _ = gradients_in_steps(
+        call, keys, rows, key, visible, keep, RAW, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V, False
     )
-    k, v = load_pair(keys, first, live, total.shape[1], HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V)
-    queries = load_sources(call, rows, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V)
-    _, d_scores, _ = score_gradients(call, queries, k, v, rows, key, visible, keep, RAW, False)
     return total + d_scores
 
 
 @triton.jit
-def any_of(visible):
-    """Whether an entry of ``visible``, a bool tile, is True; a scalar."""
-    return tl.max(tl.max(visible.to(tl.int32), 1), 0) != 0
+def may_see(mask, runs, rows, visible, first, last, FORM: tl.constexpr):
+    """Whether one of ``rows`` may see one of the keys ``first`` to ``last``, a scalar: exact for a
+    bitmap, of which ``visible`` is asked, and by the extent of the block of rows otherwise."""
+    if FORM == BITMAP:
+        return tl.max(tl.max(visible.to(tl.int32), 1), 0) != 0
+    elif FORM == BAND:
+        lowest = tl.min(tl.where(rows.live, rows.query, FAR), 0)
+        highest = tl.max(tl.where(rows.live, rows.query, -FAR), 0)
+        return (last - lowest >= mask.low) & (first - highest <= mask.high)
+    elif FORM == NONE:
+        return last >= 0
+    else:
+        low, high, _, _ = run_bounds(runs.start, runs.stop, rows.live)
+        some = (low <= last) & (high > first)
+        if FORM == TWO_RUNS:
+            low, high, _, _ = run_bounds(runs.start2, runs.stop2, rows.live)
+            some = some | ((low <= last) & (high > first))
+        return some
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "shape", "parts"])
@@ -156,7 +161,7 @@ def d_bias_kernel(
         else:
             runs = load_runs(call.mask, rows, FORM)
             visible = visible_entries(call.mask, runs, rows, key, kv_len, FORM)
-            if any_of(visible):
+            if may_see(call.mask, runs, rows, visible, start, start + BLOCK_KV - 1, FORM):
                 total = add_tile(
                     call, total, rows, start, visible, survives,
                     RAW, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V,
@@ -239,7 +244,7 @@ def d_relative_kernel(
                 key = start + column
                 visible = visible_anywhere(call.mask, runs, rows, key, kv_len, FORM)
                 visible = visible & (shifts == shift)[:, None]
-                if any_of(visible):
+                if may_see(call.mask, runs, rows, visible, start, start + BLOCK_KV - 1, FORM):
                     survives = None
                     if terms.seed is not None:
                         survives = kept_anywhere(terms, call.numbers, rows, key)

@@ -35,10 +35,12 @@ from .primitives import (
     visible_entries,
 )
 from .score_gradients import (
+    WIDE,
     Shared,
     careful_gradients,
     columns_at_once,
     given,
+    gradients_in_steps,
     load_pair,
     load_sources,
     rows_of_block,
@@ -82,7 +84,6 @@ def add_queries(
     KEYS_FIRST: tl.constexpr = k.shape[0] >= BLOCK_Q
     key = first_key + tl.arange(0, k.shape[0])
     rows = rows_of_block(call, batch, head, block * BLOCK_Q + tl.arange(0, BLOCK_Q))
-    queries = load_sources(call, rows, HEAD_DIM, V_DIM, k.shape[1], v.shape[1])
     visible, keep = None, None
     if not FULL:
         runs = load_runs(call.mask, rows, FORM)
@@ -91,9 +92,18 @@ def add_queries(
         keep = kept(call.terms, call.numbers, rows, first_key, BLOCK_Q, k.shape[0])
         if KEYS_FIRST:
             keep = tl.trans(keep)
-    weights, d_scores, d_products = score_gradients(
-        call, queries, k, v, rows, key, visible, keep, RAW, KEYS_FIRST
-    )
+    queries = load_sources(call, rows, HEAD_DIM, V_DIM, k.shape[1], v.shape[1])
+    if k.shape[1] + v.shape[1] > WIDE:
+        at_k = operand_of_head(call.k, batch, head // call.group)
+        keys = Keys(at_k, operand_of_head(call.v, batch, head // call.group), None, 0, 0)
+        weights, d_scores, d_products = gradients_in_steps(
+            call, keys, rows, key, visible, keep,
+            RAW, HEAD_DIM, V_DIM, k.shape[1], v.shape[1], KEYS_FIRST,
+        )  # fmt: skip
+    else:
+        weights, d_scores, d_products = score_gradients(
+            call, queries, k, v, rows, key, visible, keep, RAW, KEYS_FIRST
+        )
     if KEYS_FIRST:
         d_v = accumulate(d_v, weights, queries.d_out)
         d_k = accumulate(d_k, d_products, queries.q)

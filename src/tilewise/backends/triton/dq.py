@@ -34,10 +34,12 @@ from .primitives import (
     visible_entries,
 )
 from .score_gradients import (
+    WIDE,
     Shared,
     careful_gradients,
     columns_at_once,
     given,
+    gradients_in_steps,
     load_pair,
     load_sources,
     rows_of_block,
@@ -94,14 +96,20 @@ def visit_keys(
         if not FULL:
             live = (key >= walk.low) & (key < walk.high)
             visible = visible_entries(call.mask, runs, rows, key, call.kv_len, FORM)
+        if call.terms.seed is not None:
+            keep = kept(call.terms, call.numbers, rows, start, tile.shape[0], BLOCK_KV)
         k, v = load_pair(
             keys, start, live, BLOCK_KV, HEAD_DIM, V_DIM, tile.shape[1], queries.d_out.shape[1]
         )
-        if call.terms.seed is not None:
-            keep = kept(call.terms, call.numbers, rows, start, tile.shape[0], BLOCK_KV)
-        _, d_scores, d_products = score_gradients(
-            call, queries, k, v, rows, key, visible, keep, RAW, False
-        )
+        if tile.shape[1] + queries.d_out.shape[1] > WIDE:
+            _, d_scores, d_products = gradients_in_steps(
+                call, keys, rows, key, visible, keep,
+                RAW, HEAD_DIM, V_DIM, tile.shape[1], queries.d_out.shape[1], False,
+            )  # fmt: skip
+        else:
+            _, d_scores, d_products = score_gradients(
+                call, queries, k, v, rows, key, visible, keep, RAW, False
+            )
         tile = accumulate(tile, d_products, k)
         sums = add_row_sums(sums, slopes, totals, d_scores, rows, key)
     return tile, sums

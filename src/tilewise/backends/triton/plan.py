@@ -92,18 +92,18 @@ FORWARD: Table = {
     "hopper": {
         (2, 64): (Tile(128, 128, 8, 2), Tile(128, 32, 8, 2)),
         (2, 128): (Tile(128, 128, 8, 2), Tile(128, 32, 8, 2)),
-        (2, 256): (Tile(64, 64, 8, 2), Tile(64, 16, 8, 2)),
-        (2, 512): (Tile(32, 16, 8, 2), Tile(32, 16, 8, 1)),
+        (2, 256): (Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
+        (2, 512): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
         (4, 64): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
-        (4, 128): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (4, 128): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
     },
     "blackwell": {
         (2, 64): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
         (2, 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-        (2, 256): (Tile(128, 32, 8, 2), Tile(64, 16, 8, 2)),
-        (2, 512): (Tile(32, 32, 8, 1), Tile(32, 16, 8, 2)),
+        (2, 256): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (2, 512): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 2)),
         (4, 64): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
-        (4, 128): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (4, 128): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
     },
     "cdna": {
         (2, 64): (Tile(128, 64, 4, 1), Tile(128, 64, 4, 1)),
@@ -145,9 +145,8 @@ class TritonPlan(Plan):
 
 def plan_for(problem: Problem, architecture: Architecture) -> TritonPlan:
     """The plan of ``problem`` on ``architecture``."""
-    forward = look_up(FORWARD, problem, architecture.name)
-    rows = decode_rows(problem, forward)
-    decode = replace(forward, block_q=rows, warps=min(forward.warps, 4 if rows <= 32 else 8))
+    forward = look_up(FORWARD, problem, architecture.name, ("band", "ranges", "bitmap"))
+    decode = replace(forward, block_q=decode_rows(problem, forward))
     parts = 0
     if problem.page_size is not None or problem.q_len <= LONGEST_DECODE:
         parts = parts_for(problem, decode, architecture)

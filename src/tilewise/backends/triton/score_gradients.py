@@ -30,6 +30,10 @@ from .primitives import (
     visible_entries,
 )
 
+WIDE: tl.constexpr = tl.constexpr(256)
+"""Above these columns of q and v together, products are computed in steps of a few columns: their
+factors, whole rows, would fill the registers."""
+
 
 class Shared(NamedTuple):
     """The arguments with which every backward kernel begins, the call's options among them."""
@@ -193,13 +197,36 @@ def careful_gradients(
     """``score_gradients`` of ``FEW`` rows and keys, and which pairs exist. Rows are loaded a few
     columns at a time: whole ones, as factors of so small a product, would fill the registers."""
     key = first_key + tl.arange(0, FEW)
-    there = key < call.kv_len
     visible = visible_entries(call.mask, runs, rows, key, call.kv_len, FORM, KEYS_FIRST)
     keep = None
     if call.terms.seed is not None:
         keep = kept(call.terms, call.numbers, rows, first_key, FEW, FEW)
         if KEYS_FIRST:
             keep = tl.trans(keep)
+    weights, d_scores, d_products = gradients_in_steps(
+        call, keys, rows, key, visible, keep, RAW, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V, KEYS_FIRST
+    )
+    return weights, d_scores, d_products, visible
+
+
+@triton.jit
+def gradients_in_steps(
+    call,
+    keys,
+    rows,
+    key,
+    visible,
+    keep,
+    RAW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+):
+    """``score_gradients`` of tiles that are loaded a few columns at a time, for kernels that need
+    them for nothing else: registers then do not grow with the dimensions."""
+    there = (key >= 0) & (key < call.kv_len)
     place = key.to(tl.int64)
     tile = product_in_steps(
         row_place(call.q, rows.batch, rows.head, rows.query), rows.live, call.q.stride[3],
@@ -213,11 +240,10 @@ def careful_gradients(
     )  # fmt: skip
     lse = row_place(call.lse, rows.batch, rows.head, rows.query)
     delta = row_place(call.delta, rows.batch, rows.head, rows.query)
-    weights, d_scores, d_products = gradients_of(
+    return gradients_of(
         call, tile, d_weights, tl.load(lse, mask=rows.live, other=INF),
         tl.load(delta, mask=rows.live, other=0.0), rows, key, visible, keep, RAW, KEYS_FIRST,
     )  # fmt: skip
-    return weights, d_scores, d_products, visible
 
 
 @triton.jit
@@ -234,7 +260,7 @@ def product_in_steps(
 ):
     """The products of the rows that begin at the pointers ``a`` with those at ``b``, ``[a, b]``, or
     ``[b, a]`` if ``SWAPPED``."""
-    STEP: tl.constexpr = columns_at_once(a.dtype.element_ty, PADDED)
+    STEP: tl.constexpr = 64 if PADDED > 64 else PADDED
     total = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
     for start in tl.range(0, PADDED, STEP, num_stages=1):
         column = start + tl.arange(0, STEP)
@@ -249,6 +275,6 @@ def product_in_steps(
 
 @triton.constexpr_function
 def columns_at_once(dtype, padded):
-    """Columns that the careful pass holds: 256 bytes of a row in two-byte dtypes, 128 in float32,
-    whose products need more registers."""
+    """Columns of its result that the careful pass holds: 256 bytes of a row in two-byte dtypes, 128
+    in float32, whose products need more registers."""
     return min(padded, 128 if dtype.primitive_bitwidth == 16 else 32)
