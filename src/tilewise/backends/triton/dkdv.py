@@ -35,12 +35,12 @@ from .primitives import (
     visible_entries,
 )
 from .score_gradients import (
-    WIDE,
     Shared,
     careful_gradients,
     columns_at_once,
     given,
     gradients_in_steps,
+    is_wide,
     load_pair,
     load_sources,
     rows_of_block,
@@ -93,7 +93,7 @@ def add_queries(
         if KEYS_FIRST:
             keep = tl.trans(keep)
     queries = load_sources(call, rows, HEAD_DIM, V_DIM, k.shape[1], v.shape[1])
-    if k.shape[1] + v.shape[1] > WIDE:
+    if is_wide(k.shape[1], v.shape[1], RAW):
         at_k = operand_of_head(call.k, batch, head // call.group)
         keys = Keys(at_k, operand_of_head(call.v, batch, head // call.group), None, 0, 0)
         weights, d_scores, d_products = gradients_in_steps(

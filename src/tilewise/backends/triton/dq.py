@@ -34,12 +34,12 @@ from .primitives import (
     visible_entries,
 )
 from .score_gradients import (
-    WIDE,
     Shared,
     careful_gradients,
     columns_at_once,
     given,
     gradients_in_steps,
+    is_wide,
     load_pair,
     load_sources,
     rows_of_block,
@@ -101,7 +101,7 @@ def visit_keys(
         k, v = load_pair(
             keys, start, live, BLOCK_KV, HEAD_DIM, V_DIM, tile.shape[1], queries.d_out.shape[1]
         )
-        if tile.shape[1] + queries.d_out.shape[1] > WIDE:
+        if is_wide(tile.shape[1], queries.d_out.shape[1], RAW):
             _, d_scores, d_products = gradients_in_steps(
                 call, keys, rows, key, visible, keep,
                 RAW, HEAD_DIM, V_DIM, tile.shape[1], queries.d_out.shape[1], False,

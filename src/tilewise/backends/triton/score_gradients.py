@@ -30,10 +30,6 @@ from .primitives import (
     visible_entries,
 )
 
-WIDE: tl.constexpr = tl.constexpr(256)
-"""Above these columns of q and v together, products are computed in steps of a few columns: their
-factors, whole rows, would fill the registers."""
-
 
 class Shared(NamedTuple):
     """The arguments with which every backward kernel begins, the call's options among them."""
@@ -278,3 +274,10 @@ def columns_at_once(dtype, padded):
     """Columns of its result that the careful pass holds: 256 bytes of a row in two-byte dtypes, 128
     in float32, whose products need more registers."""
     return min(padded, 128 if dtype.primitive_bitwidth == 16 else 32)
+
+
+@triton.constexpr_function
+def is_wide(padded_dim, padded_v, raw):
+    """Whether products are to be computed in steps of a few columns: their factors, whole rows,
+    would fill the registers, the sooner the more a score takes of them."""
+    return padded_dim + padded_v > (512 if raw else 256)
