@@ -70,8 +70,8 @@ check: lint test
 # Python itself is not instrumented, so the sanitizer's runtime is preloaded; PyTorch's own leaks at exit
 # are not ours to report.
 sanitize: install
-	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-		-DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Release \
+		-DCMAKE_CXX_FLAGS="-g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 	cmake --build build/sanitize --parallel 2
 	TILEWISE_LIBRARY=$(CURDIR)/build/sanitize/libtilewise.so ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
@@ -80,8 +80,8 @@ sanitize: install
 
 # The kernels alone, in a program whose threads are its own: neither Python nor PyTorch is instrumented.
 sanitize-threads: install
-	cmake -S . -B build/sanitize-threads -DTILEWISE_CHECK=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-		-DCMAKE_CXX_FLAGS="-fsanitize=thread"
+	cmake -S . -B build/sanitize-threads -DTILEWISE_CHECK=ON -DCMAKE_BUILD_TYPE=Release \
+		-DCMAKE_CXX_FLAGS="-g1 -fsanitize=thread"
 	cmake --build build/sanitize-threads --parallel 2 --target tilewise-check
 	TILEWISE_CHECK=$(CURDIR)/build/sanitize-threads/tilewise-check $(PYTEST) tests/backends/native/test_races.py
 
