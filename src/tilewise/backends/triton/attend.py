@@ -100,7 +100,7 @@ def load_columns(
 def unknown(call, count):
     """``count`` as the limit of a loop that is not to be unrolled. No length is negative, but the
     compiler does not know; unrolled, the careful loops alone would fill the registers."""
-    return count + tl.minimum(call.kv_len, 0)
+    return tl.minimum(call.kv_len, 0) + count
 
 
 @triton.jit

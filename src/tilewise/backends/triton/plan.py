@@ -82,8 +82,8 @@ FORWARD: Table = {
         (4, 128): (Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
     },
     "ampere": {
-        (2, 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-        (2, 128): (Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+        (2, 64): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        (2, 128): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
         (2, 256): (Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
         (2, 512): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 2)),
         (4, 64): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
@@ -95,7 +95,7 @@ FORWARD: Table = {
         (2, 256): (Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
         (2, 512): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
         (4, 64): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
-        (4, 128): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+        (4, 128): (Tile(32, 32, 8, 2), Tile(32, 16, 8, 1)),
     },
     "blackwell": {
         (2, 64): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
@@ -103,7 +103,7 @@ FORWARD: Table = {
         (2, 256): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
         (2, 512): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 2)),
         (4, 64): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
-        (4, 128): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+        (4, 128): (Tile(32, 32, 8, 2), Tile(32, 16, 8, 1)),
     },
     "cdna": {
         (2, 64): (Tile(128, 64, 4, 1), Tile(128, 64, 4, 1)),
@@ -119,9 +119,93 @@ FORWARD: Table = {
     },
 }
 
-DKDV: Table = FORWARD
-DQ: Table = FORWARD
-PAIRS: Table = FORWARD
+DKDV: Table = {
+    "turing": {
+        (2, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (2, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    "ampere": {
+        (2, 64): (Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)),
+        (2, 128): (Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+        (2, 256): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (2, 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    "hopper": {
+        (2, 64): (Tile(64, 128, 8, 2), Tile(64, 32, 8, 1)),
+        (2, 128): (Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+        (2, 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (2, 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    "blackwell": {
+        (2, 64): (Tile(64, 64, 8, 1), Tile(64, 32, 8, 1)),
+        (2, 128): (Tile(32, 64, 8, 1), Tile(64, 32, 8, 1)),
+        (2, 256): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+        (2, 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    "cdna": {
+        (2, 64): (Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
+        (2, 128): (Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
+        (2, 256): (Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+        (2, 512): (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+        (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    "interpreter": FORWARD["interpreter"],
+}
+
+DQ: Table = {
+    "turing": {
+        (2, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (2, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    "ampere": {
+        (2, 64): (Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
+        (2, 128): (Tile(64, 64, 8, 2), Tile(32, 32, 8, 1)),
+        (2, 256): (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (2, 512): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    "hopper": {
+        (2, 64): (Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
+        (2, 128): (Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
+        (2, 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (2, 512): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    "blackwell": {
+        (2, 64): (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+        (2, 128): (Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
+        (2, 256): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+        (2, 512): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    "cdna": {
+        (2, 64): (Tile(128, 64, 4, 1), Tile(64, 32, 4, 1)),
+        (2, 128): (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
+        (2, 256): (Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
+        (2, 512): (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+        (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    "interpreter": FORWARD["interpreter"],
+}
+
+PAIRS = {"hopper": Tile(64, 32, 8, 1), "blackwell": Tile(64, 32, 8, 1)}
+"""Tiles of the bias gradients by family, where they are not ``Tile(32, 32, 4, 1)``. Their registers
+do not grow with the dimensions."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +229,7 @@ class TritonPlan(Plan):
 
 def plan_for(problem: Problem, architecture: Architecture) -> TritonPlan:
     """The plan of ``problem`` on ``architecture``."""
-    forward = look_up(FORWARD, problem, architecture.name, ("band", "ranges", "bitmap"))
+    forward = look_up(FORWARD, problem, architecture.name)
     decode = replace(forward, block_q=decode_rows(problem, forward))
     parts = 0
     if problem.page_size is not None or problem.q_len <= LONGEST_DECODE:
@@ -159,7 +243,7 @@ def plan_for(problem: Problem, architecture: Architecture) -> TritonPlan:
         forward,
         look_up(DKDV, problem, architecture.name, ("bitmap",)),
         look_up(DQ, problem, architecture.name, ("bitmap",)),
-        look_up(PAIRS, problem, architecture.name, ("bitmap",)),
+        PAIRS.get(FAMILIES[architecture.name], Tile(32, 32, 4, 1)),
         decode,
         parts,
         section_for(problem, architecture),
