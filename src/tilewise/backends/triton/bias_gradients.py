@@ -30,6 +30,8 @@ from .primitives import (
     BITMAP,
     NONE,
     TWO_RUNS,
+    Mask,
+    Numbers,
     kept,
     kept_anywhere,
     load_runs,
@@ -37,7 +39,7 @@ from .primitives import (
     visible_anywhere,
     visible_entries,
 )
-from .score_gradients import Shared, given, gradients_in_steps, rows_of_block
+from .score_gradients import Given, Shared, gradients_in_steps, rows_of_block
 from .walk import FAR, run_bounds
 
 ENOUGH_PROGRAMS = 512
@@ -132,10 +134,9 @@ def d_bias_kernel(
     ``shape`` is (batches that share the tile, heads that do, heads of the bias, blocks of queries,
     blocks of keys); the pairs of batch and head that share it are cut into ``parts``.
     """
-    call = given(
-        q, k, v, d_out, lse, delta, terms, first, second, scale, softcap, keep, threshold,
-        relative_zero, relative_entries, low, high, heads, group, q_len, kv_len,
-    )  # fmt: skip
+    numbers = Numbers(scale, softcap, relative_zero, relative_entries, threshold, keep)
+    mask = Mask(first, second, low, high)
+    call = Given(q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len)
     batches, sharing, own_heads, q_blocks, kv_blocks = shape
     rest = tl.program_id(0)
     key_block, rest = rest % kv_blocks, rest // kv_blocks
@@ -212,10 +213,9 @@ def d_relative_kernel(
 ):
     """One tile of ``d_relative [parts, heads, blocks, BLOCK_Q, BLOCK_KV]``: entry (row, column) of
     block ``n`` sums the pairs of entry ``n * BLOCK_KV + column - row`` of the relative bias."""
-    call = given(
-        q, k, v, d_out, lse, delta, terms, first, second, scale, softcap, keep, threshold,
-        relative_zero, relative_entries, low, high, heads, group, q_len, kv_len,
-    )  # fmt: skip
+    numbers = Numbers(scale, softcap, relative_zero, relative_entries, threshold, keep)
+    mask = Mask(first, second, low, high)
+    call = Given(q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len)
     program = tl.program_id(0)
     block, head = program % blocks, program // blocks % heads
     part = program // (blocks * heads)

@@ -76,6 +76,12 @@ class CompileCase:
     options: Mapping[str, Any]
     matrix: str = "best"
 
+    @property
+    def specialization(self) -> tuple[Any, ...]:
+        """What the code depends on; cases that agree in it are compiled to the same code."""
+        details = (self.signature, self.constexprs, self.attrs, self.options)
+        return (self.fn.__name__, self.matrix, *(repr(sorted(each.items())) for each in details))
+
     @staticmethod
     def from_call(
         name: str, fn: Any, arch: str, *args: Any, matrix: str = "best", **named: Any
@@ -115,15 +121,21 @@ class Facts:
 
 
 def cases(arch: str) -> Iterator[CompileCase]:
-    """Every kernel in every configuration that a plan may choose on ``arch``."""
-    seen = set()
+    """Every kernel in every configuration that a plan may choose on ``arch``.
+
+    Calls that are compiled to the same code are one case, by the name of the first.
+    """
+    names: set[str] = set()
+    seen: set[tuple[Any, ...]] = set()
     for name in KERNEL_MODULES:
         module = importlib.import_module(f"{__package__}.{name}")
         for case in module.compile_cases(arch):
-            if case.name in seen:
+            if case.name in names:
                 raise ValueError(f"name: {case.name!r} stands for two cases on {arch}")
-            seen.add(case.name)
-            yield case
+            names.add(case.name)
+            if case.specialization not in seen:
+                seen.add(case.specialization)
+                yield case
 
 
 def compile_case(case: CompileCase, arch: str) -> Facts:

@@ -22,6 +22,8 @@ from .plan import TritonPlan
 from .primitives import (
     BITMAP,
     NONE,
+    Mask,
+    Numbers,
     Rows,
     accumulate,
     all_finite,
@@ -35,10 +37,10 @@ from .primitives import (
     visible_entries,
 )
 from .score_gradients import (
+    Given,
     Shared,
     careful_gradients,
     columns_at_once,
-    given,
     gradients_in_steps,
     is_wide,
     load_pair,
@@ -265,10 +267,9 @@ def dkdv_kernel(
     that a key is not seen by, and the keys are done again with care, a few at a time. So the loops
     that every call runs pay nothing for it.
     """
-    call = given(
-        q, k, v, d_out, lse, delta, terms, first, second, scale, softcap, keep, threshold,
-        relative_zero, relative_entries, low, high, heads, group, q_len, kv_len,
-    )  # fmt: skip
+    numbers = Numbers(scale, softcap, relative_zero, relative_entries, threshold, keep)
+    mask = Mask(first, second, low, high)
+    call = Given(q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len)
     # The first keys come first: under a causal mask the most queries see them.
     block, place = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     batch, kv_head = place // (heads // group), place % (heads // group)

@@ -21,6 +21,8 @@ from .plan import TritonPlan
 from .primitives import (
     BITMAP,
     NONE,
+    Mask,
+    Numbers,
     accumulate,
     all_finite,
     apart,
@@ -34,10 +36,10 @@ from .primitives import (
     visible_entries,
 )
 from .score_gradients import (
+    Given,
     Shared,
     careful_gradients,
     columns_at_once,
-    given,
     gradients_in_steps,
     is_wide,
     load_pair,
@@ -206,10 +208,9 @@ def dq_kernel(
     BLOCK_KV: tl.constexpr,
 ):
     """dQ of one block of queries; partial tiles first, and with care as in ``dkdv_kernel``."""
-    call = given(
-        q, k, v, d_out, lse, delta, terms, first, second, scale, softcap, keep, threshold,
-        relative_zero, relative_entries, low, high, heads, group, q_len, kv_len,
-    )  # fmt: skip
+    numbers = Numbers(scale, softcap, relative_zero, relative_entries, threshold, keep)
+    mask = Mask(first, second, low, high)
+    call = Given(q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len)
     block, which = place(tl.program_id(0), blocks, tl.num_programs(0) // blocks, section)
     batch, head = which // heads, which % heads
     start = block * BLOCK_Q

@@ -77,7 +77,7 @@ class Mask(NamedTuple):
 class Rows(NamedTuple):
     """The query rows of a tile. ``batch`` is a scalar, ``head`` a scalar or one per row; ``query``
     is the index in the call, ``live`` whether the row exists, ``position`` where it stands among
-    the keys, ``slope`` its ALiBi slope or None."""
+    the keys, ``slope`` its ALiBi slope, 0 without."""
 
     batch: Any
     head: Any
@@ -88,7 +88,8 @@ class Rows(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """The runs of keys that each row of a tile sees; None where the mask has no such thing."""
+    """The runs of keys that each row of a tile sees; 0 where the mask has no such thing (a function
+    cannot return a tuple with a None in it before Triton 3.7)."""
 
     start: Any
     stop: Any
@@ -149,7 +150,7 @@ def load_rows(terms, batch, head, query, live, shift):
     if terms.position is not None:
         at = terms.position.at + batch.to(tl.int64) * terms.position.stride[0]
         position = tl.load(at + query * terms.position.stride[1], mask=live, other=0).to(tl.int32)
-    slope = None
+    slope = 0
     if terms.alibi is not None:
         slope = tl.load(row_place(terms.alibi, batch, head, query), mask=live, other=0.0)
     return Rows(batch, head, query, live, position, slope)
@@ -197,9 +198,9 @@ def load_runs(mask, rows, FORM: tl.constexpr):
             stop2 = tl.load(mask.second.at + at, mask=rows.live, other=0)
             return Runs(start, stop, start2, stop2)
         else:
-            return Runs(start, stop, None, None)
+            return Runs(start, stop, 0, 0)
     else:
-        return Runs(None, None, None, None)
+        return Runs(0, 0, 0, 0)
 
 
 @triton.jit

@@ -17,8 +17,6 @@ from .attend import FEW, load_keys
 from .primitives import (
     INF,
     LOG2E,
-    Mask,
-    Numbers,
     by_row,
     kept,
     load_queries,
@@ -65,17 +63,6 @@ class Queries(NamedTuple):
     d_out: Any
     lse: Any
     delta: Any
-
-
-@triton.jit
-def given(
-    q, k, v, d_out, lse, delta, terms, first, second, scale, softcap, keep, threshold,
-    relative_zero, relative_entries, low, high, heads, group, q_len, kv_len,
-):  # fmt: skip
-    """``Given`` from the arguments of a kernel."""
-    numbers = Numbers(scale, softcap, relative_zero, relative_entries, threshold, keep)
-    mask = Mask(first, second, low, high)
-    return Given(q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len)
 
 
 @triton.jit

@@ -64,9 +64,7 @@ def walk_of(first, second, low, high):
     begin2, full2, empty2, end2 = second
     fulls = empty - full + empty2 - full2
     partials = end - begin + end2 - begin2 - fulls
-    return Walk(
-        begin, full, empty, end, begin2, full2, empty2, end2, None, fulls, partials, low, high
-    )
+    return Walk(begin, full, empty, end, begin2, full2, empty2, end2, 0, fulls, partials, low, high)
 
 
 @triton.jit
