@@ -103,11 +103,14 @@ def architecture_name(major: int, minor: int) -> str:
 def forward(problem: Problem, inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
     """FlashAttention-2's Algorithm 1; few queries and paged caches in parts."""
     _prepare()
-    from . import decode, forward_pass
+    from . import decode, forward_pass, retry
 
     assert isinstance(plan, TritonPlan)
+    module = decode if plan.parts else forward_pass
     with torch.cuda.device_of(inputs.q):
-        return (decode if plan.parts else forward_pass).forward(problem, inputs, plan)
+        return retry.with_tiles_that_fit(
+            "forward", plan, lambda plan: module.forward(problem, inputs, plan)
+        )
 
 
 def backward(
@@ -122,11 +125,17 @@ def backward(
 ) -> dict[str, Tensor]:
     """FlashAttention-2's Algorithm 2, in kernels that each own what they write."""
     _prepare()
-    from . import backward_pass
+    from . import backward_pass, retry
 
     assert isinstance(plan, TritonPlan)
     with torch.cuda.device_of(inputs.q):
-        return backward_pass.backward(problem, inputs, plan, out, lse, d_out, d_lse, needs)
+        return retry.with_tiles_that_fit(
+            "backward",
+            plan,
+            lambda plan: backward_pass.backward(
+                problem, inputs, plan, out, lse, d_out, d_lse, needs
+            ),
+        )
 
 
 @cache

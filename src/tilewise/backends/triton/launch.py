@@ -15,10 +15,17 @@ from typing import Any
 
 from torch import Tensor
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.jit import JITFunction
 
 MOST_KEPT = 4096
 """Kernels kept under their keys. Beyond it the cache starts anew, since new strides never end."""
+
+
+class DoesNotFit(RuntimeError):
+    """A kernel that could not be compiled for the device, or needs more than a block may have. It
+    did not run; with other tiles it may."""
+
 
 _kept: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 """Key of a launch -> its compiled kernel, and its compile-time arguments in their order."""
@@ -34,7 +41,7 @@ def run(
     """Launch ``kernel[grid](*arguments, **named)``; a failure names the kernel and its tile.
 
     ``arguments`` are the run-time arguments in order, ``named`` the compile-time ones, which come
-    last in the kernel, and the options.
+    last in the kernel, and the options. Raises ``DoesNotFit`` if the kernel never ran.
     """
     try:
         if isinstance(kernel, JITFunction):
@@ -44,7 +51,24 @@ def run(
     except Exception as error:
         tile = ", ".join(f"{name}={value}" for name, value in named.items())
         name = getattr(kernel, "__name__", str(kernel))
+        if does_not_fit(error):
+            text = f"triton: {name} does not fit on {architecture} with {tile}: {error}"
+            raise DoesNotFit(text) from error
         raise RuntimeError(f"triton: {name} failed on {architecture} with {tile}") from error
+
+
+def does_not_fit(error: Exception) -> bool:
+    """Whether a launch failed before the kernel ran, for a reason that lies in its tiles.
+
+    An error of the device, such as an illegal address, may come from any earlier kernel and leaves
+    the device unusable.
+    """
+    if isinstance(error, OutOfResources | PTXASError):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and (
+        "PassManager::run failed" in said or "out of resources" in said.lower()
+    )
 
 
 def _launch(
