@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask
 
 import tilewise
 from tilewise import masks as m
@@ -187,11 +188,47 @@ def test_compiled_with_a_mask_made_outside():
 X = torch.randn(2, 2, LENGTH, 8)
 
 
+def test_the_signature_is_that_of_pytorch():
+    """Names, order, defaults and what is keyword-only, as PyTorch documents them and has them."""
+    documented = (
+        "query, key, value, score_mod=None, block_mask=None, scale=None, enable_gqa=False, "
+        "return_lse=False, kernel_options=None, *, return_aux=None"
+    )
+    for function in (flex_attention, torch_flex.flex_attention):
+        parameters = inspect.signature(function).parameters.values()
+        bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+        assert str(inspect.Signature(bare)) == f"({documented})"
+
+
+def test_lse_as_an_auxiliary_output():
+    out, lse = flex_attention(X, X, X, block_mask=MODS["causal"], return_lse=True)
+    for asked in (True, False):
+        got, aux = flex_attention(
+            X, X, X, block_mask=MODS["causal"], return_aux=AuxRequest(lse=asked)
+        )
+        assert torch.equal(got, out)
+        assert aux.max_scores is None
+        assert torch.equal(aux.lse, lse) if asked else aux.lse is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it runs uncompiled
+        block_mask = create_block_mask(MODS["causal"], None, None, LENGTH, LENGTH, device="cpu")
+        want = torch_flex.flex_attention(
+            X, X, X, block_mask=block_mask, return_aux=AuxRequest(lse=True)
+        )
+    torch.testing.assert_close(lse, want[1].lse)
+
+
 def test_errors():
     with pytest.raises(tilewise.UnsupportedError, match="score_mod: got squared; tilewise comp"):
         flex_attention(X, X, X, squared)
     with pytest.raises(tilewise.UnsupportedError, match=r"kernel_options: got \['BLOCK_M'\]"):
         flex_attention(X, X, X, kernel_options={"BLOCK_M": 64})
+    with pytest.raises(tilewise.UnsupportedError, match="return_aux: got max_scores=True"):
+        flex_attention(X, X, X, return_aux=AuxRequest(lse=True, max_scores=True))
+    with pytest.raises(ValueError, match="return_aux: given together with return_lse"):
+        flex_attention(X, X, X, return_lse=True, return_aux=AuxRequest())
+    with pytest.raises(TypeError, match="return_aux: expected an AuxRequest or None, got bool"):
+        flex_attention(X, X, X, return_aux=True)
     with pytest.raises(ValueError, match="query: expected 4 dimensions"):
         flex_attention(X[0], X, X)
     with pytest.raises(ValueError, match="key: head_dim is 4"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
 from .. import UnsupportedError, masks
 from ..api import attention
@@ -36,7 +36,9 @@ def flex_attention(
     enable_gqa: bool = False,
     return_lse: bool = False,
     kernel_options: Mapping[str, Any] | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    *,
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
     """``torch.nn.attention.flex_attention.flex_attention``, forward and backward.
 
     Args:
@@ -50,19 +52,24 @@ def flex_attention(
         enable_gqa: consecutive query heads share a kv head.
         return_lse: also return the log of the softmax denominator, natural, with gradient.
         kernel_options: must be None or empty: tilewise plans its own tiles.
+        return_aux: PyTorch's newer way to ask, ``AuxRequest(lse=True)``; excludes ``return_lse``.
+            ``max_scores`` is refused.
 
     Returns:
         ``out [batch, q_heads, q_len, v_dim]``; with ``return_lse`` also ``lse [batch, q_heads,
-        q_len]``. A query that sees no key gives 0 and -inf.
+        q_len]``; with ``return_aux`` also an ``AuxOutput`` that holds it if it was asked for. A
+        query that sees no key gives 0 and -inf.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
-        UnsupportedError: ``score_mod`` or ``kernel_options`` ask for what only a compiler can do.
+        UnsupportedError: ``score_mod`` or ``kernel_options`` ask for what only a compiler can do,
+            or ``return_aux`` for ``max_scores``.
     """
     if kernel_options:
         raise UnsupportedError(
             f"kernel_options: got {sorted(kernel_options)}; tilewise plans its own tiles, pass None"
         )
+    return_lse = _asks_for_lse(return_lse, return_aux)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if isinstance(x, Tensor) and x.dim() != 4:
             raise ValueError(
@@ -74,7 +81,7 @@ def flex_attention(
     mask = _mask(block_mask, (batch, heads, q_len, key.shape[-2]))
     if mod.mask is not None:
         mask = mod.mask if mask is None else mask & mod.mask
-    return attention(
+    result = attention(
         call.query,
         call.key,
         call.value,
@@ -83,6 +90,10 @@ def flex_attention(
         return_lse=return_lse,
         **mod.options,
     )
+    if return_aux is None:
+        return result
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    return out, AuxOutput(lse=lse)
 
 
 def as_mask(block_mask: BlockMask | MaskMod) -> Mask:
@@ -96,6 +107,23 @@ def as_mask(block_mask: BlockMask | MaskMod) -> Mask:
     if block_mask not in _made:
         _made[block_mask] = masks.from_predicate(_of_blocks(block_mask))
     return _made[block_mask]
+
+
+def _asks_for_lse(return_lse: bool, return_aux: AuxRequest | None) -> bool:
+    """Whether ``lse`` is wanted, by either name; what else could be asked for is refused."""
+    if return_aux is None:
+        return return_lse
+    if not isinstance(return_aux, AuxRequest):
+        raise TypeError(
+            f"return_aux: expected an AuxRequest or None, got {type(return_aux).__name__}"
+        )
+    if return_lse:
+        raise ValueError("return_aux: given together with return_lse=True; set one of them")
+    if return_aux.max_scores:
+        raise UnsupportedError(
+            "return_aux: got max_scores=True; tilewise keeps no row maximum, only lse"
+        )
+    return return_aux.lse
 
 
 def _score_mod(score_mod: object) -> ScoreMod:
