@@ -264,7 +264,8 @@ LAYERS = (
     {"api", "switch"},
     {""},
     {"doctor", "kernels", "nn"},
-    {"bench", "compat", "distributed", "learn", "testing", "training"},
+    {"bench", "compat", "distributed", "testing", "training"},
+    {"learn"},
     {"cli"},
     {"__main__"},
 )
@@ -273,6 +274,8 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 OUTER = {"nn", "bench", "compat", "distributed", "learn", "training", "cli"}
 """They rename and arrange, and reach the inner rooms through these doors only."""
 DOORS = {"", "api", "masks", "dispatch"}
+SIDE_DOORS = {("learn", "philox")}
+"""Rung 6 of the ladder shows how a tile asks the generator for its own entries."""
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(SOURCE).as_posix())
@@ -286,7 +289,8 @@ def test_imports_point_inwards(file):
         name = ".".join(target) or "tilewise"
         assert RANK[there] < RANK[here], f"{here} must not import {name}"
         if here in OUTER and RANK[there] <= RANK[""]:
-            assert there in DOORS, f"{here} must reach {name} through the public functions"
+            open_door = there in DOORS or (here, there) in SIDE_DOORS
+            assert open_door, f"{here} must reach {name} through the public functions"
 
 
 def test_backends_never_import_each_other():

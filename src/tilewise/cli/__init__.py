@@ -10,6 +10,9 @@ from .doctor import doctor
 from .explain import explain
 from .generate import generate
 from .kernels import kernels
+from .learn import learn
+from .masks import masks
+from .trace import trace
 from .train import train
 
 app = typer.Typer(
@@ -18,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for _command in (compare, bench, train, generate, explain, doctor, kernels):
+for _command in (compare, bench, train, generate, explain, doctor, kernels, learn, trace, masks):
     app.command()(_command)
 
 
