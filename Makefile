@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo test fast check lint sanitize sanitize-threads bench kernels gpu-check wheel clean
+.PHONY: help install demo test fast check lint sanitize sanitize-threads bench docs kernels gpu-check wheel clean
 
 help:
 	@echo "make install   a virtual environment in .venv with tilewise and its tools"
@@ -27,6 +27,7 @@ help:
 	@echo "make sanitize  the native library's tests under AddressSanitizer and UBSan"
 	@echo "make sanitize-threads  its kernels under ThreadSanitizer"
 	@echo "make bench     a benchmark grid (SUITE=quick); results in out/bench"
+	@echo "make docs      the documentation as a site in out/site, any warning an error; Python >= 3.11"
 	@echo "make kernels   compile every Triton kernel for every GPU, without one; docs/kernels.md"
 	@echo "make gpu-check on a machine with a GPU: tests, races, times (ARGS='--part cases')"
 	@echo "make wheel     a wheel in dist/"
@@ -88,6 +89,10 @@ sanitize-threads: install
 bench: install
 	@mkdir -p out/bench
 	$(BIN)/tilewise bench --suite $(SUITE) --out out/bench
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "out/site/index.html; for the search: $(BIN)/python -m http.server --directory out/site"
 
 kernels: install
 	$(BIN)/tilewise kernels --markdown docs/kernels.md
