@@ -14,6 +14,7 @@ template <class E>
 struct BackwardSpace {
   E *keys, *values, *key_columns, *query_rows, *d_out_rows, *queries_t, *queries, *d_out_t, *d_out, *operand;
   float *row, *d_q, *weights, *capped, *dropped, *d_scores, *d_k, *d_v;
+  float *d_q_sum, *d_k_sum, *d_v_sum;  // of runs
 };
 
 template <class E>
@@ -38,8 +39,15 @@ inline BackwardSpace<E> backward_space(const tilewise_call& c, std::int64_t chun
     memory.take(w.d_q, kRows * width);
     memory.take(w.d_k, chunk * width);
     memory.take(w.d_v, chunk * v_width);
+    memory.take(w.d_q_sum, kRows * width);
+    memory.take(w.d_k_sum, chunk * width);
+    memory.take(w.d_v_sum, chunk * v_width);
   });
   return w;
+}
+
+inline void clear(float* array, std::int64_t count) {
+  std::memset(array, 0, static_cast<std::size_t>(count) * sizeof(float));
 }
 
 // The keys and values of a chunk, loaded once for all the queries that see them.
@@ -73,15 +81,15 @@ inline void careful_product(const tilewise_call& c, const Strip& s, Span span, c
     }
 }
 
-// P = 2^(S - lse). Lanes without a query get 0: their scores are 0, or NaN beside an infinite key.
-inline void recompute_weights(const Strip& s, std::int64_t keys, float* tile) {
+// P = 2^(S unit - lse). Lanes without a query get 0: their scores are 0, or NaN beside an infinite key.
+inline void recompute_weights(const Strip& s, std::int64_t keys, float unit, float* tile) {
   for (int v = 0; v < s.lanes; v += kLanes) {
-    const Vec lse = load(s.lse + v);
+    const Vec lse = load(s.lse + v), rest = load(s.lse_rest + v);
     const bool whole = v + kLanes <= s.rows;
     const IntVec used = lane_index() + v < static_cast<std::int32_t>(s.rows);
     for (std::int64_t j = 0; j < keys; ++j) {
       float* at = tile + j * kRows + v;
-      const Vec p = exp2_vec(load(at) - lse);
+      const Vec p = exp2_vec(load(at) * unit - lse - rest);
       store(at, whole ? p : used ? p : all(0.0f));
     }
   }
@@ -163,10 +171,12 @@ inline Queries<E> load_queries(const tilewise_call& c, Strip& s, const BackwardS
   for (int r = 0; r < s.rows; ++r) {
     const std::int64_t at = (s.batch * c.q_heads + s.head[r]) * c.q_len + s.query[r];
     // A row without any weight has lse = -inf; +inf makes its recomputed weights 0.
-    s.lse[r] = c.lse[at] == -kInfinity ? kInfinity : c.lse[at] * kLog2E;
+    const double lse = c.lse[at] == -kInfinity ? kInfinity : c.lse[at] * kExactLog2E;
+    s.lse[r] = static_cast<float>(lse);
+    s.lse_rest[r] = std::isfinite(s.lse[r]) ? static_cast<float>(lse - s.lse[r]) : 0.0f;
     s.delta[r] = c.delta[at];
   }
-  std::memset(w.d_q, 0, static_cast<std::size_t>(kRows * width) * sizeof(float));
+  clear(w.d_q, kRows * width);
   Queries<E> q{{w.queries_t, kRows}, {w.d_out_t, kRows}, {}, {}, false, false};
   q.q = interleaved(reinterpret_cast<const Number<E>*>(w.query_rows), row_words<E>(c.head_dim) * kWidth<E>,
                     s.rows, width, w.queries);
@@ -185,7 +195,7 @@ inline void value_gradient(const tilewise_call& c, const Strip& s, const Queries
   float* d_v = w.d_v + j * v_width;
   scores(c, s, span, chunk.k.from(j), q.q_t, w.weights, w.capped);
   if (partial) mask_tile(c, s, span.start, span.stop, w.weights);
-  recompute_weights(s, keys, w.weights);
+  recompute_weights(s, keys, scaling(c).unit, w.weights);
   const float* dropped = w.weights;
   if (c.keep_factor != 0.0f) {
     drop(c, s, span.start, span.stop, w.weights, w.dropped);
@@ -245,8 +255,13 @@ void backward_task(const tilewise_call& c, std::int64_t b, std::int64_t kv_head,
   const BackwardSpace<E> w = backward_space<E>(c, stop - start);
   const std::int64_t width = padded(c.head_dim), v_width = padded(c.v_dim), length = stop - start;
   const std::int64_t rows = c.q_heads / c.kv_heads * c.q_len;
-  std::memset(w.d_k, 0, static_cast<std::size_t>(length * width) * sizeof(float));
-  std::memset(w.d_v, 0, static_cast<std::size_t>(length * v_width) * sizeof(float));
+  const bool queries_in_runs = rows > kRunLength * kRows, keys_in_runs = length > kRunLength * kKeys;
+  clear(w.d_k, length * width);
+  clear(w.d_v, length * v_width);
+  if (queries_in_runs) {
+    clear(w.d_k_sum, length * width);
+    clear(w.d_v_sum, length * v_width);
+  }
   Chunk<E> chunk{index, start, kv_head, {}, {}, {}};
   if (start < stop) {
     chunk.k = key_rows(c, c.k, b, kv_head, start, stop, c.head_dim, w.keys);
@@ -259,23 +274,33 @@ void backward_task(const tilewise_call& c, std::int64_t b, std::int64_t kv_head,
     const std::int64_t low = s.first_key > start ? s.first_key : start;
     const std::int64_t high = s.last_key < stop ? s.last_key : stop;
     if (low >= high) {
-      std::memset(w.d_q, 0, static_cast<std::size_t>(kRows * width) * sizeof(float));
+      clear(w.d_q, kRows * width);
     } else {
       const Queries<E> q = load_queries(c, s, w);
+      if (keys_in_runs) clear(w.d_q_sum, kRows * width);
       for (std::int64_t j0 = low / kKeys * kKeys; j0 < high; j0 += kKeys) {
         const Span span = trimmed<E>(s, j0, j0 + kKeys < stop ? j0 + kKeys : stop);
         const State state = classify(c, s, span.start, span.stop);
-        if (state == kSkip) continue;
-        value_gradient(c, s, q, chunk, w, span, state == kPartial);
-        key_gradient(c, s, q, chunk, w, span, state == kPartial);
+        if (state != kSkip) {
+          value_gradient(c, s, q, chunk, w, span, state == kPartial);
+          key_gradient(c, s, q, chunk, w, span, state == kPartial);
+        }
+        if (keys_in_runs && j0 / kKeys % kRunLength == kRunLength - 1) add_run(w.d_q, w.d_q_sum, kRows * width);
       }
+      if (keys_in_runs) add_run(w.d_q_sum, w.d_q, kRows * width);
     }
     store_d_q(c, s, index, w.d_q);
+    if (queries_in_runs && (first / kRows % kRunLength == kRunLength - 1 || first + kRows >= rows)) {
+      add_run(w.d_k, w.d_k_sum, length * width);
+      add_run(w.d_v, w.d_v_sum, length * v_width);
+    }
   }
+  const float* d_k = queries_in_runs ? w.d_k_sum : w.d_k;
+  const float* d_v = queries_in_runs ? w.d_v_sum : w.d_v;
   for (std::int64_t j = start; j < stop; ++j) {
     const std::int64_t i = j - start;
-    write_row(c.d_k, key_offset(c, c.d_k, b, kv_head, j), c.d_k.stride[3], c.head_dim, w.d_k + i * width, c.scale);
-    write_row(c.d_v, key_offset(c, c.d_v, b, kv_head, j), c.d_v.stride[3], c.v_dim, w.d_v + i * v_width, 1.0f);
+    write_row(c.d_k, key_offset(c, c.d_k, b, kv_head, j), c.d_k.stride[3], c.head_dim, d_k + i * width, c.scale);
+    write_row(c.d_v, key_offset(c, c.d_v, b, kv_head, j), c.d_v.stride[3], c.v_dim, d_v + i * v_width, 1.0f);
   }
 }
 
@@ -307,10 +332,10 @@ inline void row_deltas(const tilewise_call& c, std::int64_t first, std::int64_t 
     read(c.d_out, d_out);
     Vec sum{};
     for (std::int64_t d = 0; d < width; d += kLanes) sum += load(out + d) * load(d_out + d);
-    float delta = 0.0f;
+    double delta = 0.0;
     for (int lane = 0; lane < kLanes; ++lane) delta += sum[lane];
     if (c.d_lse) delta -= c.d_lse[b * c.d_lse_stride[0] + h * c.d_lse_stride[1] + i * c.d_lse_stride[2]];
-    c.delta[row] = delta;
+    c.delta[row] = static_cast<float>(delta);
   }
 }
 

@@ -11,7 +11,7 @@ constexpr std::int64_t kStripsPerTask = 5;  // strips that share the keys and va
 template <class E>
 struct ForwardSpace {
   E *keys, *values, *query_rows, *queries, *weights;
-  float *row, *scores, *out;
+  float *row, *scores, *out, *out_run;
   Strip* strips;
 };
 
@@ -27,29 +27,35 @@ inline ForwardSpace<E> forward_space(const tilewise_call& c) {
     memory.take(w.weights, kKeys * kRows);
     memory.take(w.row, v_width);
     memory.take(w.scores, kKeys * kRows);
-    memory.take(w.out, n * kRows * v_width);
+    for (float** array : {&w.out, &w.out_run}) memory.take(*array, n * kRows * v_width);
     memory.take(w.strips, n);
   });
   return w;
 }
 
-// P = 2^(S - m) in place of S.
-inline Vec exponentiate(float* tile, std::int64_t keys, Vec shift) {
-  Vec total = Vec{};
-  for (std::int64_t j = 0; j < keys; ++j) {
-    const Vec p = exp2_vec(load(tile + j * kRows) - shift);
-    total += p;
+// P = 2^(S unit - m) in place of S. Four sums of 32 err less than one of 128, and so does l.
+inline Vec exponentiate(float* tile, std::int64_t keys, Vec unit, Vec shift) {
+  Vec total[4] = {Vec{}, Vec{}, Vec{}, Vec{}};
+  const auto weight = [&](std::int64_t j) {
+    const Vec p = exp2_vec(load(tile + j * kRows) * unit - shift);
     store(tile + j * kRows, p);
+    return p;
+  };
+  std::int64_t j = 0;
+  for (; j + 4 <= keys; j += 4) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) total[i] += weight(j + i);
   }
-  return total;
+  for (; j < keys; ++j) total[0] += weight(j);
+  return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
 // P rounded to pairs: the tile itself stays S.
-inline Vec exponentiate(const float* tile, std::int64_t keys, Vec shift, Pair* weights) {
+inline Vec exponentiate(const float* tile, std::int64_t keys, Vec unit, Vec shift, Pair* weights) {
   Vec total[2] = {Vec{}, Vec{}};
   for (std::int64_t j = 0; j < keys; j += 2) {
-    const Vec even = exp2_vec(load(tile + j * kRows) - shift);
-    const Vec odd = j + 1 < keys ? exp2_vec(load(tile + (j + 1) * kRows) - shift) : Vec{};
+    const Vec even = exp2_vec(load(tile + j * kRows) * unit - shift);
+    const Vec odd = j + 1 < keys ? exp2_vec(load(tile + (j + 1) * kRows) * unit - shift) : Vec{};
     total[0] += even;
     total[1] += odd;
     store_words(weights + j / 2 * kRows, pair_words(even, odd));
@@ -57,12 +63,12 @@ inline Vec exponentiate(const float* tile, std::int64_t keys, Vec shift, Pair* w
   return total[0] + total[1];
 }
 // Floats are not packed.
-inline Vec exponentiate(float* tile, std::int64_t keys, Vec shift, float*) {
-  return exponentiate(tile, keys, shift);
+inline Vec exponentiate(float* tile, std::int64_t keys, Vec unit, Vec shift, float*) {
+  return exponentiate(tile, keys, unit, shift);
 }
 
-inline Vec tile_maximum(const float* tile, std::int64_t keys, Vec before) {
-  Vec highest[2] = {before, before};  // two chains hide the latency of the maximum
+inline Vec tile_maximum(const float* tile, std::int64_t keys) {
+  Vec highest[2] = {all(-kInfinity), all(-kInfinity)};  // two chains hide the latency of the maximum
   std::int64_t j = 0;
   for (; j + 2 <= keys; j += 2) {
     highest[0] = larger(load(tile + j * kRows), highest[0]);
@@ -72,19 +78,26 @@ inline Vec tile_maximum(const float* tile, std::int64_t keys, Vec before) {
   return larger(highest[0], highest[1]);
 }
 
-// m, l and P = 2^(S - m); rescale[r] = 2^(m_old - m_new). True if any is not 1. P is left in `weights`, or
-// in the tile if that is null.
+// m, l and P = 2^(S unit - m); rescale[r] = 2^(m_old - m_new). True if any is not 1. P is left in `weights`,
+// or in the tile if that is null. l is summed as Kahan does: a running sum of the 128 tiles of 16,384 keys
+// would err by more than all else in a row.
 template <class E>
-inline bool online_softmax_update(Strip& s, float* tile, std::int64_t keys, float* rescale, E* weights) {
+inline bool online_softmax_update(Strip& s, float* tile, std::int64_t keys, float unit_of_call, float* rescale,
+                                  E* weights) {
   bool changed = false;
+  const Vec unit = all(unit_of_call);
   for (int v = 0; v < s.lanes; v += kLanes) {
-    const Vec before = load(s.maximum + v), maximum = tile_maximum(tile + v, keys, before);
+    const Vec before = load(s.maximum + v), maximum = larger(tile_maximum(tile + v, keys) * unit, before);
     // A row that has seen no key keeps m = -inf; -inf - (-inf) would be NaN.
     const Vec shift = maximum == -kInfinity ? all(0.0f) : maximum;
     const Vec shrink = exp2_vec(before - shift);
-    const Vec total = weights ? exponentiate(tile + v, keys, shift, weights + v) : exponentiate(tile + v, keys, shift);
+    const Vec total = weights ? exponentiate(tile + v, keys, unit, shift, weights + v)
+                              : exponentiate(tile + v, keys, unit, shift);
+    const Vec kept = load(s.total + v) * shrink, added = load(s.total_rest + v) * shrink + total;
+    const Vec sum = kept + added;
     store(s.maximum + v, maximum);
-    store(s.total + v, load(s.total + v) * shrink + total);
+    store(s.total + v, sum);
+    store(s.total_rest + v, added - (sum - kept));
     store(rescale + v, shrink);
     changed |= is_any(shrink != 1.0f);
   }
@@ -107,7 +120,8 @@ inline void finish(const tilewise_call& c, const Strip& s, const float* out, std
   for (int r = 0; r < s.rows; ++r) {
     const float l = s.total[r], inverse = l == 0.0f ? 1.0f : 1.0f / l;
     write_row(c.out, query_offset(c.out, s, r), c.out.stride[3], c.v_dim, out + r * width, inverse);
-    const double m = s.maximum[r], lse = m == kInfinity ? m : (m + std::log2(static_cast<double>(l))) / kLog2E;
+    const double m = s.maximum[r], sum = static_cast<double>(l) + s.total_rest[r];
+    const double lse = m == kInfinity ? m : (m + std::log2(sum)) / kExactLog2E;
     c.lse[(s.batch * c.q_heads + s.head[r]) * c.q_len + s.query[r]] = static_cast<float>(lse);
   }
 }
@@ -128,26 +142,76 @@ inline Left<Pair> weights_along_keys(const float*, Pair* weights, std::int64_t k
   return along_packed_keys(weights, kRows, keys, lanes);
 }
 
+// O *= rescale, row by row.
+inline void rescale_rows(std::int64_t rows, const float* rescale, float* out, std::int64_t width) {
+  for (std::int64_t r = 0; r < rows; ++r)
+    if (rescale[r] != 1.0f)
+      for (std::int64_t d = 0; d < width; ++d) out[r * width + d] *= rescale[r];
+}
+
+// Adds to `run`; `sum` holds the runs before it, or is null.
 template <class E>
 void forward_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Span span, bool partial, Left<E> k,
-                  Right<E> v, std::int64_t kv_head, const E* queries, float* out) {
+                  Right<E> v, std::int64_t kv_head, const E* queries, float* run, float* sum) {
   const std::int64_t keys = span.stop - span.start, v_width = padded(c.v_dim);
   scores(c, s, span, k, Right<E>{queries, kRows}, w.scores, nullptr);
   if (partial) mask_tile(c, s, span.start, span.stop, w.scores);
   const bool careful = partial && !all_finite(v, keys, c.v_dim), packs = !careful && c.keep_factor == 0.0f;
   alignas(64) float rescale[kRows];
-  if (online_softmax_update(s, w.scores, keys, rescale, packs ? w.weights : nullptr)) {
-    for (int r = 0; r < s.rows; ++r)
-      if (rescale[r] != 1.0f)
-        for (std::int64_t d = 0; d < v_width; ++d) out[r * v_width + d] *= rescale[r];
+  if (online_softmax_update(s, w.scores, keys, scaling(c).unit, rescale, packs ? w.weights : nullptr)) {
+    rescale_rows(s.rows, rescale, run, v_width);
+    if (sum) rescale_rows(s.rows, rescale, sum, v_width);
   }
   if (c.keep_factor != 0.0f) drop(c, s, span.start, span.stop, w.scores, w.scores);
   if (careful) {
-    accumulate_visible(c, s, span.start, span.stop, w.scores, kv_head, out, v_width);
+    accumulate_visible(c, s, span.start, span.stop, w.scores, kv_head, run, v_width);
   } else {
     const Left<E> p = packs ? weights_along_keys(w.scores, w.weights, keys, s.lanes)
                             : along_keys(w.scores, kRows, keys, s.lanes, w.weights);
-    matmul(s.rows, v_width / kLanes, elements<E>(keys), p, v, out, v_width, {1.0f, true});
+    matmul(s.rows, v_width / kLanes, elements<E>(keys), p, v, run, v_width, {1.0f, true});
+  }
+}
+
+// forward_tile for few rows: the same steps, on keys and values where they lie. Lanes without a row hold
+// weights of the tile before, finite and not used.
+template <class E, class N>
+void few_rows_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Span span, bool partial,
+                   std::int64_t kv_head, float* run, float* sum) {
+  const std::int64_t keys = span.stop - span.start, v_width = padded(c.v_dim), words = row_words<E>(c.head_dim);
+  const auto k = row_pointers<N>(c, c.k, s.batch, kv_head, span, w.row);
+  const auto v = row_pointers<N>(c, c.v, s.batch, kv_head, span, w.row);
+  each_group(s.rows, [&](auto count, std::int64_t r) {
+    score_rows<decltype(count)::value>(k, keys, w.query_rows + r * words, words, c.head_dim, scaling(c).product,
+                                       w.scores + r);
+  });
+  cap_and_bias(c, s, span, w.scores, nullptr);
+  if (partial) mask_tile(c, s, span.start, span.stop, w.scores);
+  const bool careful = partial && !all_finite(v, keys, c.v_dim);
+  alignas(64) float rescale[kRows];
+  E* const packed = careful || kWidth<E> == 1 ? nullptr : w.weights;
+  if (online_softmax_update(s, w.scores, keys, scaling(c).unit, rescale, packed)) {
+    rescale_rows(s.rows, rescale, run, v_width);
+    if (sum) rescale_rows(s.rows, rescale, sum, v_width);
+  }
+  if (careful) {
+    accumulate_visible(c, s, span.start, span.stop, w.scores, kv_head, run, v_width);
+    return;
+  }
+  const E* weights = packed;
+  if constexpr (kWidth<E> == 1) weights = w.scores;
+  each_group(s.rows, [&](auto count, std::int64_t r) {
+    value_rows<decltype(count)::value>(v, keys, weights + r, c.v_dim, run + r * v_width, v_width);
+  });
+}
+template <class E>
+void few_rows_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Span span, bool partial,
+                   std::int64_t kv_head, float* run, float* sum) {
+  if constexpr (kWidth<E> == 2) {
+    few_rows_tile<E, Bfloat>(c, s, w, span, partial, kv_head, run, sum);
+  } else {
+    if (c.k.dtype == TILEWISE_FLOAT32) few_rows_tile<E, float>(c, s, w, span, partial, kv_head, run, sum);
+    if (c.k.dtype == TILEWISE_FLOAT16) few_rows_tile<E, Half>(c, s, w, span, partial, kv_head, run, sum);
+    if (c.k.dtype == TILEWISE_BFLOAT16) few_rows_tile<E, Bfloat>(c, s, w, span, partial, kv_head, run, sum);
   }
 }
 
@@ -168,7 +232,14 @@ template <class E>
 void forward_strips(const tilewise_call& c, const ForwardSpace<E>& w, std::int64_t b, std::int64_t kv_head,
                     std::int64_t first, std::int64_t rows, Span keys) {
   const std::int64_t v_width = padded(c.v_dim), column = elements<E>(c.head_dim) * kRows;
-  const std::int64_t strips = (rows + kRows - 1) / kRows;
+  const std::int64_t strips = (rows + kRows - 1) / kRows, size = kRows * v_width;
+  const bool in_runs = keys.stop - keys.start > kRunLength * kKeys;
+  const bool in_place = reads_in_place<E>(c);
+  if (in_place) {
+    std::memset(w.scores, 0, kKeys * kRows * sizeof(float));
+    std::memset(w.row, 0, static_cast<std::size_t>(v_width) * sizeof(float));
+  }
+  const auto run = [&](std::int64_t n) { return (in_runs ? w.out_run : w.out) + n * size; };
   std::int64_t low = keys.stop, high = keys.start;
   for (std::int64_t n = 0; n < strips; ++n) {
     Strip& s = w.strips[n];
@@ -176,7 +247,8 @@ void forward_strips(const tilewise_call& c, const ForwardSpace<E>& w, std::int64
     set_strip(c, s, b, kv_head, first + n * kRows, left < kRows ? left : kRows);
     query_rows(c.q, s, c.head_dim, w.query_rows);
     query_columns(w.query_rows, s, c.head_dim, w.queries + n * column);
-    initial_state(c, s, w.out + n * kRows * v_width, v_width, keys.start == 0);
+    initial_state(c, s, w.out + n * size, v_width, keys.start == 0);
+    if (in_runs) std::memset(run(n), 0, static_cast<std::size_t>(s.rows * v_width) * sizeof(float));
     if (s.first_key < low) low = s.first_key;
     if (s.last_key > high) high = s.last_key;
   }
@@ -185,7 +257,7 @@ void forward_strips(const tilewise_call& c, const ForwardSpace<E>& w, std::int64
   // Tiles start at multiples of kKeys whatever the strips beside, so results do not depend on grouping.
   for (std::int64_t j0 = low / kKeys * kKeys; j0 < high; j0 += kKeys) {
     const std::int64_t j1 = j0 + kKeys < keys.stop ? j0 + kKeys : keys.stop;
-    if (strips == 1 && j1 < high) {
+    if (strips == 1 && !in_place && j1 < high) {
       const std::int64_t j2 = j1 + kKeys < high ? j1 + kKeys : high;
       prefetch_rows(c, c.k, b, kv_head, j1, j2, c.head_dim);
       prefetch_rows(c, c.v, b, kv_head, j1, j2, c.v_dim);
@@ -197,13 +269,21 @@ void forward_strips(const tilewise_call& c, const ForwardSpace<E>& w, std::int64
       const Span span = trimmed<E>(s, j0, j1);
       const State state = classify(c, s, span.start, span.stop);
       if (state == kSkip) continue;
+      float* const sum = in_runs ? w.out + n * size : nullptr;
+      if (in_place) {
+        few_rows_tile(c, s, w, span, state == kPartial, kv_head, run(n), sum);
+        continue;
+      }
       if (k.data == nullptr) {
         k = key_rows(c, c.k, b, kv_head, j0, j1, c.head_dim, w.keys);
         v = key_columns(c, c.v, b, kv_head, j0, j1, c.v_dim, w.values, w.row);
       }
       forward_tile(c, s, w, span, state == kPartial, k.from(span.start - j0), v.from(span.start - j0), kv_head,
-                   w.queries + n * column, w.out + n * kRows * v_width);
+                   w.queries + n * column, run(n), sum);
     }
+    const bool ends_run = j0 / kKeys % kRunLength == kRunLength - 1 || j1 >= high;
+    if (in_runs && ends_run)
+      for (std::int64_t n = 0; n < strips; ++n) add_run(run(n), w.out + n * size, w.strips[n].rows * v_width);
   }
 }
 

@@ -26,7 +26,8 @@ struct Partial {
 inline void merge(Partial* runs, std::int64_t count, std::int64_t width) {
   Strip& s = runs[0].strip;
   for (int r = 0; r < s.rows; ++r) {
-    float m = -kInfinity, l = 0.0f;
+    float m = -kInfinity;
+    double l = 0.0;
     for (std::int64_t i = 0; i < count; ++i) {
       const float other = runs[i].strip.maximum[r];
       m = other > m || other != other ? other : m;
@@ -36,7 +37,7 @@ inline void merge(Partial* runs, std::int64_t count, std::int64_t width) {
     for (std::int64_t i = 0; i < count; ++i) {
       const float factor = std::exp2(runs[i].strip.maximum[r] - shift);
       const float* part = runs[i].out + r * width;
-      l += runs[i].strip.total[r] * factor;
+      l += (static_cast<double>(runs[i].strip.total[r]) + runs[i].strip.total_rest[r]) * factor;
       if (i == 0) {
         for (std::int64_t d = 0; d < width; ++d) out[d] = part[d] * factor;
       } else if (factor != 0.0f) {
@@ -44,7 +45,8 @@ inline void merge(Partial* runs, std::int64_t count, std::int64_t width) {
       }
     }
     s.maximum[r] = m;
-    s.total[r] = l;
+    s.total[r] = static_cast<float>(l);
+    s.total_rest[r] = static_cast<float>(l - s.total[r]);
   }
 }
 

@@ -8,6 +8,7 @@
 #endif
 #include "strip.h"
 #include "scores.h"
+#include "few_rows.h"
 #include "schedule.h"
 #include "forward.h"
 #include "forward_tasks.h"

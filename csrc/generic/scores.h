@@ -1,5 +1,5 @@
 // Step scores: one tile [keys][kRows] of them, from product to biases; and dropout. Scores are kept in units
-// of log 2, as score * log2(e), so that a softmax needs 2^x and no multiplication by entry.
+// of log 2, as score * log2(e), so that a softmax needs 2^x; a tile times unit(c) is in those units.
 
 namespace {
 
@@ -84,18 +84,38 @@ inline void add_biases(const tilewise_call& c, const Strip& s, std::int64_t j0, 
   }
 }
 
-// S^T = K Q^T, capped and biased. `capped` keeps the capped products for the derivative, if not null.
-template <class E>
-inline void scores(const tilewise_call& c, const Strip& s, Span span, Left<E> k, Right<E> q, float* tile,
-                   float* capped) {
+// What a product is multiplied by before it stands in a tile, and what the softmax multiplies a tile by.
+// Where nothing is added to the products they stand there as they are: scaled within the multiply-add that
+// subtracts the maximum they are rounded once less.
+struct Scaling {
+  float product, unit;
+};
+inline Scaling scaling(const tilewise_call& c) {
+  const float factor = c.scale * kLog2E, size = std::fabs(factor);
+  if (c.softcap != 0.0f) return {c.scale, 1.0f};
+  const bool is_bare = !c.bias.data && !c.relative_bias && !c.alibi.data;
+  if (is_bare && size > 1e-30f && size < 1e30f) return {std::copysign(1.0f, factor), size};
+  return {factor, 1.0f};
+}
+
+// From scaled products to scores. `capped` keeps the capped products for the derivative, if not null.
+inline void cap_and_bias(const tilewise_call& c, const Strip& s, Span span, float* tile, float* capped) {
   const std::int64_t keys = span.stop - span.start;
-  const float unit = c.softcap != 0.0f ? 1.0f : kLog2E;
-  matmul(keys, s.vectors, elements<E>(c.head_dim), k, q, tile, kRows, {c.scale * unit, false});
   if (c.softcap != 0.0f) {
     soft_cap(tile, keys * kRows, c.softcap);
     if (capped) std::memcpy(capped, tile, static_cast<std::size_t>(keys * kRows) * sizeof(float));
   }
   add_biases(c, s, span.start, span.stop, tile);
+}
+
+// S^T = K Q^T, capped and biased.
+template <class E>
+inline void scores(const tilewise_call& c, const Strip& s, Span span, Left<E> k, Right<E> q, float* tile,
+                   float* capped) {
+  const std::int64_t keys = span.stop - span.start;
+  // Chains of 32: an error of a score is one of its weight, e^S, too. They cost about 1 % of a forward.
+  matmul(keys, s.vectors, elements<E>(c.head_dim), k, q, tile, kRows, {scaling(c).product, false, 32});
+  cap_and_bias(c, s, span, tile, capped);
 }
 
 // Philox 4x32-10 for four keys of kLanes queries of the strip, from lane v on.

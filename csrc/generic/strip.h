@@ -16,7 +16,9 @@ struct alignas(64) Strip {
   std::int32_t position[kRows];                  // where the query stands in the key index
   float slope[kRows];                            // ALiBi
   float maximum[kRows], total[kRows];            // forward: m and l
-  float lse[kRows], delta[kRows];                // backward
+  float total_rest[kRows];                       // what total lost to rounding
+  float lse[kRows], lse_rest[kRows];             // backward: their sum is lse in units of log 2
+  float delta[kRows];
   std::int64_t head[kRows], query[kRows];
   std::int64_t batch, rows;
   int vectors, lanes;  // that hold its rows: one query over a long cache does not pay for a full strip
@@ -71,7 +73,7 @@ inline void set_strip(const tilewise_call& c, Strip& s, std::int64_t b, std::int
   std::int64_t i = first % c.q_len, h = kv_head * (c.q_heads / c.kv_heads) + first / c.q_len;
   for (int r = 0; r < s.lanes; ++r) {
     s.maximum[r] = -kInfinity;
-    s.total[r] = s.slope[r] = s.delta[r] = 0.0f;
+    s.total[r] = s.total_rest[r] = s.slope[r] = s.delta[r] = s.lse_rest[r] = 0.0f;
     s.lse[r] = kInfinity;  // recomputed weights of an unused lane: exp(-inf) = 0
     s.position[r] = 0;
     s.head[r] = s.query[r] = 0;

@@ -176,6 +176,7 @@ inline Vec exp2_portable(Vec t) {
   return p * from_bits((bits(shifted) << 23) + 0x3f800000);
 }
 
-constexpr float kLog2E = 1.44269504088896341f;
+constexpr double kExactLog2E = 1.4426950408889634;
+constexpr float kLog2E = static_cast<float>(kExactLog2E);
 
 }  // namespace
