@@ -51,12 +51,13 @@ demo: install
 	$(BIN)/tilewise train --out out/train --steps 400
 	$(BIN)/tilewise generate out/train
 
-# The Triton tests interpret their kernels, which a process has to decide before it imports Triton. Both
-# runs take place, whatever the first says.
+# The Triton tests interpret their kernels, which a process has to decide before it imports Triton; with
+# them go the tests that every backend takes. Both runs take place, whatever the first says.
+SHARED := tests/test_api.py tests/test_ops.py
 fast: MARKED := -m "not slow"
 test fast: install
 	@status=0; \
-	TRITON_INTERPRET=1 $(PYTEST) $(MARKED) tests/backends/triton || status=1; \
+	TRITON_INTERPRET=1 $(PYTEST) $(MARKED) -k triton tests/backends/triton $(SHARED) || status=1; \
 	$(PYTEST) $(MARKED) --ignore=tests/backends/triton || status=1; \
 	exit $$status
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tilewise import dispatch
-from tilewise.backends import tiled
+from tilewise.backends import tiled, triton
 from tilewise.backends.native import library
 from tilewise.problem import Plan, Problem
 
@@ -46,7 +46,8 @@ def tile_sizes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int],
 def backend(request: pytest.FixtureRequest) -> str:
     """Use with ``@each_backend``: a backend that this machine has."""
     name: str = request.param
-    if name == "native" and (reason := library.load_error()):
+    load_error = {"native": library.load_error, "triton": triton.load_error}.get(name)
+    if load_error is not None and (reason := load_error()):
         pytest.skip(reason)
     return name
 

@@ -23,7 +23,7 @@ def randn(*shape, dtype=torch.float64, grad=True):
 
 def exact_dtype(backend):
     """The widest dtype that a backend takes: agreement is tested in it."""
-    return torch.float32 if backend == "native" else torch.float64
+    return torch.float32 if backend in ("native", "triton") else torch.float64
 
 
 def close(a, b):

@@ -110,7 +110,7 @@ QKV = [
 ]  # fmt: skip
 DENSE = [
     *[({"q": t(2, 4, 5, 8, dtype=d)}, "q", str(d)) for d in
-      (torch.int64, torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn)],
+      (torch.int64, torch.int32, torch.bool, torch.complex64, torch.float8_e5m2)],
     ({"q": t(2, 5, 8)}, "q", "got 3"),
     ({"k": t(2, 6, 8)}, "k", "[2, 6, 8]"),
     ({"k": t(3, 2, 6, 8)}, "k", "3"),

@@ -16,8 +16,8 @@ import tilewise
 from tilewise.testing.cases import Case
 
 SCRIPT = Path(__file__).resolve().parents[1] / "tools/gpu_check.py"
-PARTS = ("cases", "decode", "races", "graphs", "sanitizer", "overhead")
-BENCHES = ("bench-forward", "bench-backward", "bench-decode")
+PARTS = ("cases", "decode", "races", "graphs", "sanitizer", "overhead", "cases-fused")
+BENCHES = ("bench-forward", "bench-backward", "bench-decode", "bench-backward-fused")
 
 pytest.importorskip("triton")
 
@@ -47,7 +47,7 @@ def test_every_part_runs_on_tiny_problems(tmp_path):
     for name in PARTS:
         assert found[name]["faults"] == []
         assert found[name]["machine"]["torch"] == torch.__version__
-    assert found["cases"]["cases"] >= 4
+    assert found["cases"]["cases"] == found["cases-fused"]["cases"] >= 4
     assert found["decode"]["cases"] == 12
     assert found["races"] | {"problems": 2, "repeats": 2} == found["races"]
     assert found["overhead"]["microseconds"].keys() == {"tilewise", "tilewise, causal", "sdpa"}
@@ -112,6 +112,26 @@ def test_a_wrong_result_is_a_fault(gpu_check, monkeypatch):
     spoilt = 0.05
     fault = gpu_check.check_case(case, "cpu")
     assert "float16" in fault and "'out': 'error 0.05" in fault
+
+
+def test_the_fused_backward_has_to_run(gpu_check, monkeypatch):
+    """It is not enough that its cases pass, nor that it is asked for."""
+    from tilewise.backends.triton import fused_backward
+
+    ran = gpu_check.Run("cpu", True, (1, 1), 1, 9.0, Path("."), 0.0)
+    asked = []
+
+    def part(run):
+        asked.append(os.environ.get("TILEWISE_TRITON_BACKWARD"))
+        return {"cases": 3, "faults": ["one of the part"]}
+
+    monkeypatch.setattr(gpu_check, "check_case", lambda case, device: None)
+    found = gpu_check.fused(ran, part)
+    assert found == {"cases": 3, "faults": ["the fused backward did not run", "one of the part"]}
+    monkeypatch.setattr(fused_backward, "run", lambda: None)
+    monkeypatch.setattr(gpu_check, "check_case", lambda case, device: fused_backward.run())
+    assert gpu_check.fused(ran, part)["faults"] == ["one of the part"]
+    assert asked == ["fused", "fused"] and "TILEWISE_TRITON_BACKWARD" not in os.environ
 
 
 def test_a_difference_of_one_bit_is_seen(gpu_check):

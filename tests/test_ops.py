@@ -31,6 +31,8 @@ def arguments(options, mask, needs_grad=True, dropout_p=0.0):
         seed,
         None,
         None,
+        None,
+        None,
         *mask,
         *scalars,
     )

@@ -28,6 +28,9 @@ OPTIONS = {
     "alibi": None,
     "relative_bias": None,
     "sinks": None,
+    "q_descale": None,
+    "k_descale": None,
+    "v_descale": None,
     "dropout_p": 0.0,
     "seed": None,
     "return_lse": False,
@@ -265,17 +268,18 @@ LAYERS = (
     {""},
     {"doctor", "kernels", "nn"},
     {"bench", "compat", "distributed", "testing", "training"},
-    {"learn"},
+    {"learn", "reproduce", "tune"},
     {"cli"},
     {"__main__"},
 )
 """Each file or folder imports from layers before its own, and within itself."""
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-OUTER = {"nn", "bench", "compat", "distributed", "learn", "training", "cli"}
+OUTER = {"nn", "bench", "compat", "distributed", "learn", "reproduce", "training", "cli"}
 """They rename and arrange, and reach the inner rooms through these doors only."""
 DOORS = {"", "api", "masks", "dispatch"}
-SIDE_DOORS = {("learn", "philox")}
-"""Rung 6 of the ladder shows how a tile asks the generator for its own entries."""
+SIDE_DOORS = {("learn", "philox"), ("learn", "backends")}
+"""Rung 6 of the ladder shows how a tile asks the generator for its own entries, rung 9 the kernels
+that it leads to."""
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(SOURCE).as_posix())

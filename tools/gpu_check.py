@@ -13,6 +13,7 @@ tree with ``PYTHONPATH=src``; it needs torch and Triton and no network. Parts:
 ``bench-forward``, ``bench-backward``, ``bench-decode``: times against SDPA's kernels,
                FlexAttention, xFormers and flash_attn; a run that ``--seconds`` has cut off goes on
                where it stopped
+``cases-fused``, ``bench-backward-fused``: the same with ``TILEWISE_TRITON_BACKWARD=fused``
 
 Each part writes ``<out>/<part>.json``. The exit status is 1 if anything is wrong or unfinished.
 ``--dry-run`` runs every step on tiny problems with Triton's interpreter, where there is no GPU.
@@ -21,6 +22,7 @@ Each part writes ``<out>/<part>.json``. The exit status is 1 if anything is wron
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -35,6 +37,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -55,6 +58,7 @@ PROVIDERS = (
     "standard", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "flex", "xformers", "flash_attn",
     "tilewise-triton",
 )  # fmt: skip
+DRY = ("standard", "sdpa", "tilewise-triton")
 BASELINE = "sdpa-cudnn"
 """The fastest of PyTorch's own kernels on Hopper, which SDPA does not take by itself."""
 REPEATS = 500
@@ -120,7 +124,10 @@ def check_case(case: Case, device: str) -> str | None:
         moved = {name: on_device(value, device) for name, value in call.options.items()}
         inputs = [on_device(x, device) for x in (call.q, call.k, call.v)]
         plan = tilewise.explain(*inputs, backend="triton", **moved).plan
-        with poisoned():
+        # The fused form would step aside in the deterministic mode that poisoning takes.
+        split = os.environ.get("TILEWISE_TRITON_BACKWARD") != "fused"
+        switch = mock.patch("torch.are_deterministic_algorithms_enabled", return_value=split)
+        with poisoned(), switch:
             tolerance.check(call, attention_on(device), tiles=-(-case.kv_len // plan.block_kv))
     except Exception as error:  # whatever goes wrong with one case must not hide the others
         return " ".join(f"{case}: {type(error).__name__}: {error}".split())[:600]
@@ -137,9 +144,8 @@ def shapes() -> list[Case]:
     found = []
     for dtype in DTYPES:
         plain = Case(1, 4, 2, 129, 127, dtype=dtype, mask="causal")
-        for dim in (1, 3, 40, 64, 80, 96, 128, 192, 255, 256, 512):
-            found.append(replace(plain, head_dim=dim, v_dim=dim))
-        found.append(replace(plain, head_dim=192, v_dim=128))
+        dims = [(dim, dim) for dim in (1, 3, 40, 64, 80, 96, 128, 192, 255, 256, 512)]
+        found += [replace(plain, head_dim=d, v_dim=e) for d, e in (*dims, (192, 128))]
         found.append(replace(plain, q_heads=2, kv_heads=1, q_len=700, kv_len=1500))
     return found
 
@@ -153,8 +159,8 @@ def cases(run: Run) -> Findings:
     with ProcessPoolExecutor(run.jobs, context) as pool:
         jobs = [pool.submit(check_case, case, run.device) for case in chosen]
         for job in as_completed(jobs):
-            fault, done = job.result(), done + 1
-            faults += [fault] if fault else []
+            done += 1
+            faults += [fault] if (fault := job.result()) else []
             if done % 50 == 0:
                 print(f"cases: {done} of {len(jobs)}, {len(faults)} wrong", flush=True)
             if run.late():
@@ -168,27 +174,16 @@ def cases(run: Run) -> Findings:
 def decode(run: Run) -> Findings:
     """``tilewise.decode`` against ``reference`` in float64, within twice the error that reference
     has in the same dtype plus two roundings of the output (bench/check.py derives it)."""
-    faults, done = [], 0
     sizes = [(4, 2, 1, 64, 40)] if run.dry else [(8, 2, 1, 128, 2000), (32, 8, 4, 64, 700)]
-    for dtype in DTYPES:
-        for heads, kv_heads, q_len, dim, longest in sizes:
-            for page_size in (None, 1, 16, 100):
-                done += 1
-                fault = _check_decode(run, dtype, heads, kv_heads, q_len, dim, longest, page_size)
-                faults += [fault] if fault else []
-    return {"cases": done, "faults": faults}
+    kinds = itertools.product(DTYPES, sizes, (None, 1, 16, 100))
+    found = [_check_decode(run, *kind) for kind in kinds]
+    return {"cases": len(found), "faults": [fault for fault in found if fault]}
 
 
 def _check_decode(
-    run: Run,
-    dtype: torch.dtype,
-    heads: int,
-    kv_heads: int,
-    q_len: int,
-    dim: int,
-    longest: int,
-    page_size: int | None,
+    run: Run, dtype: torch.dtype, size: tuple[int, ...], page_size: int | None
 ) -> str | None:
+    heads, kv_heads, q_len, dim, longest = size
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([longest, 0, q_len, longest // 2 + 1])
 
@@ -323,8 +318,8 @@ def sanitizer(run: Run) -> Findings:
     found = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     tools = ("memcheck", "racecheck", "synccheck") if found and not run.dry else (None,)
     faults = [] if found or run.dry else ["compute-sanitizer: not found"]
-    child = [sys.executable, str(Path(__file__).resolve()), "--part", "small"]
-    child += ["--out", str(run.out)] + (["--dry-run"] if run.dry else [])
+    child = [sys.executable, str(Path(__file__).resolve()), "--part", "small", "--out"]
+    child += [str(run.out), *(["--dry-run"] if run.dry else [])]
     # Without PyTorch's caching every tensor is an allocation of its own, with its own bounds.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool in tools:
@@ -377,20 +372,18 @@ def timed_cases(mode: str, dry: bool) -> list[Timed]:
     ]
 
 
-def bench(run: Run, mode: str) -> Findings:
+def bench(run: Run, mode: str, suffix: str = "") -> Findings:
     """Time every case that the file does not hold yet, as long as there is time."""
-    path = run.out / f"bench-{mode}.json"
+    path = run.out / f"bench-{mode}{suffix}.json"
     facts = _machine(run)
     rows: list[dict[str, Any]] = []
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         if all(before["machine"].get(key) == facts[key] for key in ("device", "torch", "triton")):
             rows = before["rows"]
-    fields = tuple(Timed.__dataclass_fields__)
-    have = {tuple(row[field] for field in fields) for row in rows}
+    have = {tuple(row[field] for field in Timed.__dataclass_fields__) for row in rows}
     todo = [c for c in timed_cases(mode, run.dry) if tuple(asdict(c).values()) not in have]
-    names = ("standard", "sdpa", "tilewise-triton") if run.dry else PROVIDERS
-    baseline = "sdpa" if run.dry else BASELINE
+    names, baseline = (DRY, "sdpa") if run.dry else (PROVIDERS, BASELINE)
     settings = Settings(least=2 if run.dry else 10, most=50, budget_s=0.0 if run.dry else 0.5)
     left = len(todo)
     for case in todo:
@@ -400,16 +393,30 @@ def bench(run: Run, mode: str) -> Findings:
         rows += [cell.row() for cell in cells]
         left -= 1
         runner.add_ratio(rows, baseline)
-        title = f"gpu_check bench-{mode}"
+        title = f"gpu_check {path.stem}"
         report.write_json(
             path, report.document(rows, title=title, machine=facts, baseline=baseline)
         )
-        print(f"bench-{mode}: {case.shape_label} {case.dtype} {case.mask}, {left} left", flush=True)
+        print(f"{path.stem}: {case.shape_label} {case.dtype} {case.mask}, {left} left", flush=True)
     ours = [row for row in rows if row["provider"] == "tilewise-triton" and row["status"] != "ok"]
     faults = [f"{row['shape']} {row['dtype']}: {row['status']}: {row['reason']}" for row in ours]
     if left:
         faults.append(f"unfinished: {left} cases; run this part again")
     return {"statuses": dict(Counter(row["status"] for row in rows)), "faults": faults}
+
+
+def fused(run: Run, part: Callable[[Run], Findings]) -> Findings:
+    """A part with the fused backward, which has to run in one case here at least."""
+    from tilewise.backends.triton import fused_backward as module
+
+    tilewise.dispatch.choose.cache_clear()
+    spied = mock.patch.object(module, "run", wraps=module.run)
+    with mock.patch.dict(os.environ, TILEWISE_TRITON_BACKWARD="fused"), spied as spy:
+        first = check_case(Case(dtype=torch.float16, mask="causal"), run.device)
+        found = part(run)
+    tilewise.dispatch.choose.cache_clear()
+    ran = None if spy.called else "the fused backward did not run"
+    return found | {"faults": [fault for fault in (first, ran, *found["faults"]) if fault]}
 
 
 PARTS: dict[str, Callable[[Run], Findings]] = {
@@ -422,6 +429,8 @@ PARTS: dict[str, Callable[[Run], Findings]] = {
     "bench-forward": lambda run: bench(run, "forward"),
     "bench-backward": lambda run: bench(run, "backward"),
     "bench-decode": lambda run: bench(run, "decode"),
+    "cases-fused": lambda run: fused(run, cases),
+    "bench-backward-fused": lambda run: fused(run, lambda run: bench(run, "backward", "-fused")),
 }
 HIDDEN = {"small": small}
 

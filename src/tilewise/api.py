@@ -13,18 +13,13 @@ from .checks import (
     check_lengths,
     check_packed,
     check_pages,
-    check_scalars,
-    check_seed,
-    default_scale,
     longest,
     score_options,
 )
 from .dispatch import BACKENDS, check_name, choose, reasons_against
 from .explanation import Explanation
 from .frame import Frame
-from .lowering import lower
 from .masks import Mask
-from .philox import seed_tensor
 from .problem import Inputs, Problem
 from .tiles import FULL, PARTIAL, SKIP
 
@@ -58,6 +53,9 @@ def attention(
     alibi: Tensor | None = None,
     relative_bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
@@ -70,7 +68,8 @@ def attention(
     ``softcap(s) = softcap * tanh(s / softcap)``.
 
     Args:
-        q: ``[batch, q_heads, q_len, head_dim]``; float64, float32, float16, bfloat16; any strides.
+        q: ``[batch, q_heads, q_len, head_dim]``; float64, float32, float16, bfloat16, or
+            float8_e4m3fn, which is forward only; any strides.
         k: ``[batch, kv_heads, kv_len, head_dim]``; ``q_heads`` is a multiple of ``kv_heads`` and
             consecutive query heads share a kv head (GQA, MQA).
         v: ``[batch, kv_heads, kv_len, v_dim]``.
@@ -84,13 +83,18 @@ def attention(
         relative_bias: ``[q_heads, q_len + kv_len - 1]``; adds entry ``(j - i') + kv_len - 1`` with
             ``i' = i + kv_len - q_len`` (T5, Swin) in O(N) memory.
         sinks: ``[q_heads]``, a logit that joins the denominator and has no value (gpt-oss).
+        q_descale: factor on a float8 q, finite float32 ``[kv_heads]`` or ``[batch, kv_heads]``, for
+            all query heads of the kv head; default 1 (FlashAttention-3, arXiv:2407.08608, 3.3).
+        k_descale: the same for k.
+        v_descale: the same for v.
         dropout_p: probability in [0, 1) with which a weight is dropped (Philox, see ``philox``).
         seed: int or int64 scalar tensor; None draws one from torch's default generator.
         return_lse: also return the log of the softmax denominator, sinks included.
         backend: ``"auto"``, or a name, which then runs or raises and never falls back.
 
     Returns:
-        ``out [batch, q_heads, q_len, v_dim]`` in q's dtype and memory layout; with ``return_lse``
+        ``out [batch, q_heads, q_len, v_dim]`` in q's memory layout and dtype, bfloat16 for float8;
+        with ``return_lse``
         also ``lse [batch, q_heads, q_len]``, natural log, float32 (float64 for float64), -inf where
         no key is visible (the sink's logit where there is one).
 
@@ -102,10 +106,16 @@ def attention(
         UnsupportedError: the backend asked for by name cannot run the call.
     """
     tensors = (q, k, v, bias, alibi, relative_bias, sinks)
+    descales = (q_descale, k_descale, v_descale)
     recipe = recipes.find(
-        tensors, scale=scale, softcap=softcap, dropout_p=dropout_p, backend=backend
+        tensors,
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        backend=backend,
+        descales=descales,
     )
-    inputs = recipe.inputs(tensors, mask, seed)
+    inputs = recipe.inputs(tensors, mask, seed, descales)
     grad = ops.needs_grad(inputs)
     if ops.is_observed(inputs):
         out, lse = ops.observed_attention(
@@ -140,6 +150,9 @@ def standard_attention(
     alibi: Tensor | None = None,
     relative_bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
@@ -150,8 +163,11 @@ def standard_attention(
     matrix in memory: O(N^2). Arguments, result and errors are those of ``attention``.
     """
     tensors = (q, k, v, bias, alibi, relative_bias, sinks)
-    recipe = recipes.find(tensors, scale=scale, softcap=softcap, dropout_p=dropout_p)
-    inputs = recipe.inputs(tensors, mask, seed)
+    descales = (q_descale, k_descale, v_descale)
+    recipe = recipes.find(
+        tensors, scale=scale, softcap=softcap, dropout_p=dropout_p, descales=descales
+    )
+    inputs = recipe.inputs(tensors, mask, seed, descales)
     problem = recipe.problem(inputs, ops.needs_grad(inputs))
     from .backends import reference
 
@@ -206,6 +222,9 @@ def attention_varlen(
     alibi: Tensor | None = None,
     relative_bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
@@ -224,6 +243,7 @@ def attention_varlen(
             packed tokens.
         bias: broadcasts to ``[q_heads, total_q, total_k]``, in packed coordinates.
         alibi: ``[q_heads]`` or ``[sequences, q_heads]``.
+        q_descale: ``[kv_heads]`` or ``[sequences, kv_heads]``, as k_descale and v_descale.
         relative_bias: ``[q_heads, max_q + max_k - 1]`` for the longest sequences; entry
             ``(j - i') + max_k - 1`` is added. Needs the lengths, so it cannot be traced.
 
@@ -266,11 +286,12 @@ def attention_varlen(
     )
     if alibi is not None and alibi.dim() == 2:  # one slope per sequence becomes one per row
         options["alibi"] = alibi[frame.row_sequence()[0]].T[None]
-    inputs, scalars = _assemble(
+    inputs, scalars = recipes.assemble(
         tuple(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
         mask,
         frame,
         options,
+        (q_descale, k_descale, v_descale),
         relative_zero=longest_k - 1,
         scale=scale,
         softcap=softcap,
@@ -326,6 +347,9 @@ def decode(
     alibi: Tensor | None = None,
     relative_bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -375,17 +399,18 @@ def decode(
         sequences=batch,
         distances=q_len + max_len - 1,
     )
-    inputs, scalars = _assemble(
+    inputs, scalars = recipes.assemble(
         (q, k_cache, v_cache),
         mask,
         frame,
         options,
+        (q_descale, k_descale, v_descale),
         relative_zero=max_len - 1,
         scale=scale,
         softcap=softcap,
         page_table=page_table,
     )
-    if scalars["needs_grad"]:
+    if ops.needs_grad(inputs):
         raise ValueError(
             "q: an input requires a gradient but decode is forward only; call it under "
             "torch.no_grad(), or use attention with masks.lengths"
@@ -406,6 +431,9 @@ def explain(
     alibi: Tensor | None = None,
     relative_bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
@@ -417,10 +445,16 @@ def explain(
     from the function that the call itself asks.
     """
     tensors = (q, k, v, bias, alibi, relative_bias, sinks)
+    descales = (q_descale, k_descale, v_descale)
     recipe = recipes.find(
-        tensors, scale=scale, softcap=softcap, dropout_p=dropout_p, backend=backend
+        tensors,
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        backend=backend,
+        descales=descales,
     )
-    inputs = recipe.inputs(tensors, mask, 0 if seed is None else seed)
+    inputs = recipe.inputs(tensors, mask, 0 if seed is None else seed, descales)
     problem = recipe.problem(inputs, ops.needs_grad(inputs))
     plan = choose(problem, backend)
     counts = {"skipped": 0, "partial": 0, "full": 0}
@@ -432,46 +466,8 @@ def explain(
     return Explanation(problem, plan, backend, {name: reasons[name] for name in BACKENDS}, counts)
 
 
-def _assemble(
-    qkv: tuple[Tensor, ...],
-    mask: Mask | Tensor | None,
-    frame: Frame,
-    options: dict[str, Tensor | None],
-    *,
-    relative_zero: int,
-    scale: float | None,
-    softcap: float | None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    page_table: Tensor | None = None,
-) -> tuple[Inputs, dict[str, Any]]:
-    """What packed and cached calls share once their geometry is a Frame: the tensors of a call,
-    and the rest of what its Problem is made from."""
-    check_scalars(scale, softcap, dropout_p)
-    check_seed(seed, frame.device)
-    positioned = options["alibi"] is not None or options["relative_bias"] is not None
-    q, k, v = qkv
-    inputs = Inputs(
-        q,
-        k,
-        v,
-        lower(mask, frame),
-        seed=seed_tensor(seed, frame.device) if dropout_p else None,
-        position=frame.key_position() if positioned else None,
-        page_table=page_table,
-        **options,
-    )
-    scalars = {
-        "scale": default_scale(q.shape[-1]) if scale is None else float(scale),
-        "softcap": 0.0 if softcap is None else float(softcap),
-        "dropout_p": float(dropout_p),
-        "relative_zero": relative_zero,
-        "needs_grad": ops.needs_grad(inputs),
-    }
-    return inputs, scalars
-
-
 def _attend(inputs: Inputs, scalars: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
+    grad = ops.needs_grad(inputs)
     if ops.is_observed(inputs):
-        return ops.observed_attention(inputs, backend=backend, **scalars)
-    return ops.attention(inputs, Problem.of(inputs, **scalars), backend)
+        return ops.observed_attention(inputs, needs_grad=grad, backend=backend, **scalars)
+    return ops.attention(inputs, Problem.of(inputs, needs_grad=grad, **scalars), backend)

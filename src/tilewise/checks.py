@@ -17,6 +17,11 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Those of bias, alibi, relative_bias and sinks; q, k and v may be ``FLOAT8`` as well."""
+FLOAT8 = torch.float8_e4m3fn
+
+Descales = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""q_descale, k_descale, v_descale."""
 
 
 def check_dense(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -162,12 +167,51 @@ def score_options(
     return options
 
 
+def check_descales(q: Tensor, descales: Descales, batch: int, kv_heads: int) -> None:
+    """float32 ``[kv_heads]`` or ``[batch, kv_heads]``, of float8 inputs alone; ``batch`` counts
+    sequences in a packed call."""
+    for name, x in zip(("q_descale", "k_descale", "v_descale"), descales, strict=True):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        if q.dtype != FLOAT8:
+            raise TypeError(f"{name}: given, but q's dtype is {q.dtype}; it must be {FLOAT8}")
+        if x.dtype != torch.float32:
+            raise TypeError(f"{name}: dtype is {x.dtype}; it must be float32")
+        _check_device(name, x, q.device)
+        words = "[kv_heads] or [batch, kv_heads]"
+        _check_shape(name, x, (kv_heads,), (batch, kv_heads), words=words)
+
+
+def joined_descales(descales: Descales) -> tuple[Tensor | None, Tensor | None]:
+    """The factors of ``q . k`` and of the output ``[batch or 1, kv_heads, 1]``, from descales that
+    have been checked; a gradient of theirs is refused."""
+    names = ("q_descale", "k_descale", "v_descale")
+    if torch.is_grad_enabled():
+        refuse_gradient(dict(zip(names, descales, strict=True)))
+    q, k, v = descales
+    both = q * k if q is not None and k is not None else k if q is None else q
+    both, v = (None if x is None else x.reshape(-1, x.shape[-1], 1) for x in (both, v))
+    return both, v
+
+
+def refuse_gradient(tensors: dict[str, Tensor | None]) -> None:
+    """Raise ValueError for the first tensor of a float8 call that requires a gradient."""
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad:
+            raise ValueError(
+                f"{name}: requires a gradient, but attention of {FLOAT8} inputs is forward only; "
+                f"call it under torch.no_grad(), or widen q, k and v"
+            )
+
+
 def _check_qkv(q: object, k: object, v: object, names: tuple[str, str, str], layout: str) -> None:
     """Type, rank, dtype and device of the three."""
     rank = layout.count(",") + 1
     for name, x in zip(names, (q, k, v), strict=True):
         wanted = "[batch, heads, length, dim]" if name == "q" and rank == 4 else layout
-        _check_float(name, x)
+        _check_float(name, x, (*DTYPES, FLOAT8))
         assert isinstance(x, Tensor)
         if x.dim() != rank:
             raise ValueError(
@@ -182,13 +226,12 @@ def _check_qkv(q: object, k: object, v: object, names: tuple[str, str, str], lay
         _check_device(name, x, q.device)
 
 
-def _check_float(name: str, x: object) -> None:
+def _check_float(name: str, x: object, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(
-            f"{name}: dtype is {x.dtype}; it must be float64, float32, float16 or bfloat16"
-        )
+    if x.dtype not in dtypes:
+        *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: dtype is {x.dtype}; it must be {', '.join(most)} or {last}")
 
 
 def _check_integers(name: str, x: object, device: torch.device) -> None:

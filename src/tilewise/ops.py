@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import FLOAT8, refuse_gradient
 from .dispatch import backend_module, choose
 from .problem import DIFFERENTIABLE, Inputs, Problem
 from .tensors import like_queries
@@ -21,9 +22,10 @@ from .tiles import Band, Bitmap, Ranges, flatten, unflatten
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi, Tensor? relative_bias, "
-    "Tensor? sinks, Tensor? seed, Tensor? position, Tensor? page_table, Tensor? mask_first, "
-    "Tensor? mask_second, str mask_kind, SymInt mask_low, SymInt mask_high, float scale, "
-    "float softcap, float dropout_p, SymInt relative_zero, bool needs_grad, str backend"
+    "Tensor? sinks, Tensor? seed, Tensor? position, Tensor? page_table, Tensor? qk_descale, "
+    "Tensor? v_descale, Tensor? mask_first, Tensor? mask_second, str mask_kind, SymInt mask_low, "
+    "SymInt mask_high, float scale, float softcap, float dropout_p, SymInt relative_zero, "
+    "bool needs_grad, str backend"
 )
 _NAMES = [argument.split()[-1] for argument in _CALL.split(",")]
 _TENSORS = _NAMES.index("mask_kind")
@@ -66,11 +68,11 @@ def observed_attention(
 
 
 def needs_grad(inputs: Inputs) -> bool:
-    """Whether autograd has to record the call."""
+    """Whether autograd has to record the call; what has no derivative is refused here."""
     if not torch.is_grad_enabled():
         return False
     q, k, v, _, bias, alibi, relative_bias, sinks = inputs[:8]
-    return (
+    wanted = (
         q.requires_grad
         or k.requires_grad
         or v.requires_grad
@@ -79,6 +81,9 @@ def needs_grad(inputs: Inputs) -> bool:
         or (relative_bias is not None and relative_bias.requires_grad)
         or (sinks is not None and sinks.requires_grad)
     )
+    if wanted and q.dtype == FLOAT8:
+        refuse_gradient({name: getattr(inputs, name) for name in _present(inputs)})
+    return wanted
 
 
 def is_observed(inputs: Inputs) -> bool:

@@ -18,6 +18,9 @@ class Scores(TypedDict, total=False):
     alibi: Tensor | None
     relative_bias: Tensor | None
     sinks: Tensor | None
+    q_descale: Tensor | None
+    k_descale: Tensor | None
+    v_descale: Tensor | None
 
 
 class Options(Scores, total=False):

@@ -28,7 +28,8 @@ class Inputs(NamedTuple):
     ``relative_bias`` ``[q_heads, distances]``, ``sinks`` ``[q_heads]``, ``seed`` an int64 scalar.
     ``position`` int64 ``[b|1, q_len]`` is where each query stands in the key index, None when that
     is ``i + kv_len - q_len``. With a ``page_table`` int32 ``[batch, max_pages]``, k and v are pages
-    ``[pages, page_size, kv_heads, dim]``.
+    ``[pages, page_size, kv_heads, dim]``. Of float8 inputs ``qk_descale`` multiplies ``q . k`` and
+    ``v_descale`` the output, both float32 ``[b|1, kv_heads, q_len|1]``, None for 1.
     """
 
     q: Tensor
@@ -42,6 +43,8 @@ class Inputs(NamedTuple):
     seed: Tensor | None = None
     position: Tensor | None = None
     page_table: Tensor | None = None
+    qk_descale: Tensor | None = None
+    v_descale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Problem:
     @property
     def group(self) -> int:
         """How many query heads share a kv head."""
-        return self.q_heads // self.kv_heads
+        return self.q_heads // max(self.kv_heads, 1)
 
     @property
     def compute_dtype(self) -> torch.dtype:

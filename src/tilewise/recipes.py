@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_dense, check_scalars, check_seed, default_scale, score_options
+from .checks import (
+    Descales,
+    check_dense,
+    check_descales,
+    check_scalars,
+    check_seed,
+    default_scale,
+    joined_descales,
+    score_options,
+)
 from .dispatch import check_name
 from .frame import Frame
 from .lowering import lower
@@ -34,6 +43,7 @@ MOST_RECIPES = 1024
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """q, k, v, bias, alibi, relative_bias, sinks."""
 
+NO_DESCALES: Descales = (None, None, None)
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _OPTIONS = _TENSORS | {type(None)}
 _NUMBERS = frozenset((float, int, type(None)))
@@ -47,12 +57,17 @@ class Recipe:
     everything: Band
     bias_shape: torch.Size | None
     alibi_shape: torch.Size | None
+    descaled: bool
     scalars: dict[str, Any]
     """``scale``, ``softcap``, ``dropout_p`` and ``relative_zero`` of the Problem."""
     problems: dict[tuple[str, bool], Problem] = field(default_factory=dict)
 
     def inputs(
-        self, tensors: Tensors, mask: Mask | Tensor | None, seed: int | Tensor | None
+        self,
+        tensors: Tensors,
+        mask: Mask | Tensor | None,
+        seed: int | Tensor | None,
+        descales: Descales = NO_DESCALES,
     ) -> Inputs:
         """The tensors of a call of this kind, as backends take them."""
         q, k, v, bias, alibi, relative_bias, sinks = tensors
@@ -64,7 +79,11 @@ class Recipe:
             alibi = alibi.reshape(self.alibi_shape)
         lowered = self.everything if mask is None else lower(mask, self.frame)
         key = seed_tensor(seed, self.frame.device) if self.scalars["dropout_p"] else None
-        return Inputs(q, k, v, lowered, bias, alibi, relative_bias, sinks, key)
+        inputs = Inputs(q, k, v, lowered, bias, alibi, relative_bias, sinks, key)
+        if self.descaled:
+            qk_descale, v_descale = joined_descales(descales)
+            return inputs._replace(qk_descale=qk_descale, v_descale=v_descale)
+        return inputs
 
     def problem(self, inputs: Inputs, needs_grad: bool) -> Problem:
         """The description of a call of this kind."""
@@ -83,21 +102,80 @@ def find(
     softcap: float | None,
     dropout_p: float,
     backend: str = "auto",
+    descales: Descales = NO_DESCALES,
 ) -> Recipe:
     """The recipe of a plain call; checks it unless one with the same key has been checked."""
     if torch.compiler.is_compiling():
-        return _make(tensors, scale, softcap, dropout_p, backend)
-    key = _key(tensors, scale, softcap, dropout_p, backend)
+        return _make(tensors, descales, scale, softcap, dropout_p, backend)
+    key = _key(tensors, descales, scale, softcap, dropout_p, backend)
     recipe = _recipes.get(key)
     if recipe is None:
-        recipe = _make(tensors, scale, softcap, dropout_p, backend)
+        recipe = _make(tensors, descales, scale, softcap, dropout_p, backend)
         if key is not None:
             _remember(key, recipe)
     return recipe
 
 
+def assemble(
+    qkv: tuple[Tensor, ...],
+    mask: Mask | Tensor | None,
+    frame: Frame,
+    options: dict[str, Tensor | None],
+    descales: Descales,
+    *,
+    relative_zero: int,
+    scale: float | None,
+    softcap: float | None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    page_table: Tensor | None = None,
+) -> tuple[Inputs, dict[str, Any]]:
+    """What packed and cached calls share once their geometry is a Frame, all but q, k, v and the
+    score options checked: the tensors of a call, and the numbers of its Problem.
+
+    They have no recipe, since their geometry lies in tensors.
+    """
+    check_scalars(scale, softcap, dropout_p)
+    check_seed(seed, frame.device)
+    positioned = options["alibi"] is not None or options["relative_bias"] is not None
+    q, k, v = qkv
+    check_descales(q, descales, frame.sequences, k.shape[1 if page_table is None else 2])
+    qk_descale, v_descale = (_by_row(x, frame) for x in joined_descales(descales))
+    inputs = Inputs(
+        q,
+        k,
+        v,
+        lower(mask, frame),
+        seed=seed_tensor(seed, frame.device) if dropout_p else None,
+        position=frame.key_position() if positioned else None,
+        page_table=page_table,
+        qk_descale=qk_descale,
+        v_descale=v_descale,
+        **options,
+    )
+    scalars = {
+        "scale": default_scale(q.shape[-1]) if scale is None else float(scale),
+        "softcap": 0.0 if softcap is None else float(softcap),
+        "dropout_p": float(dropout_p),
+        "relative_zero": relative_zero,
+    }
+    return inputs, scalars
+
+
+def _by_row(descale: Tensor | None, frame: Frame) -> Tensor | None:
+    """``[sequences or 1, kv_heads, 1]`` of a packed call as ``[1, kv_heads, q_len]``."""
+    if descale is None or not frame.is_packed or descale.shape[0] == 1:
+        return descale
+    return descale[frame.row_sequence()[0], :, 0].T[None]
+
+
 def _key(
-    tensors: Tensors, scale: object, softcap: object, dropout_p: object, backend: object
+    tensors: Tensors,
+    descales: Descales,
+    scale: object,
+    softcap: object,
+    dropout_p: object,
+    backend: object,
 ) -> Hashable | None:
     """All that ``_make`` depends on; None if that cannot be told from the looks.
 
@@ -105,6 +183,7 @@ def _key(
     likes. A zero scale has no key, since ``0.0 == -0.0``.
     """
     q, k, v, bias, alibi, relative_bias, sinks = tensors
+    q_descale, k_descale, v_descale = descales
     if not (
         type(q) in _TENSORS
         and type(k) in _TENSORS
@@ -117,8 +196,8 @@ def _key(
     ):
         return None
     looks = None
-    if not (bias is alibi is relative_bias is sinks is None):
-        options = tensors[3:]
+    if not (bias is alibi is relative_bias is sinks is q_descale is k_descale is v_descale is None):
+        options = (*tensors[3:], *descales)
         if not _OPTIONS.issuperset(map(type, options)):
             return None
         looks = tuple([None if x is None else (x.shape, x.dtype, x.device) for x in options])
@@ -128,7 +207,9 @@ def _key(
     )
 
 
-def _make(tensors: Tensors, scale: Any, softcap: Any, dropout_p: Any, backend: str) -> Recipe:
+def _make(
+    tensors: Tensors, descales: Descales, scale: Any, softcap: Any, dropout_p: Any, backend: str
+) -> Recipe:
     """Check a plain call, all but its mask and seed."""
     q, k, v, bias, alibi, relative_bias, sinks = tensors
     check_name(backend)
@@ -145,6 +226,7 @@ def _make(tensors: Tensors, scale: Any, softcap: Any, dropout_p: Any, backend: s
         sequences=batch,
         distances=q_len + kv_len - 1,
     )
+    check_descales(q, descales, batch, k.shape[1])
     check_scalars(scale, softcap, dropout_p)
     bias, alibi = options["bias"], options["alibi"]
     return Recipe(
@@ -152,6 +234,7 @@ def _make(tensors: Tensors, scale: Any, softcap: Any, dropout_p: Any, backend: s
         Band.everything(q_len, kv_len),
         None if bias is None else bias.shape,
         None if alibi is None else alibi.shape,
+        any(x is not None for x in descales),
         {
             "scale": default_scale(head_dim) if scale is None else float(scale),
             "softcap": 0.0 if softcap is None else float(softcap),

@@ -38,6 +38,16 @@ def distance(problem: Problem, inputs: Inputs, batch: Batch, rows: Span, keys: S
     return key - position.unsqueeze(-1)
 
 
+def descaled(
+    x: Tensor, descale: Tensor | None, problem: Problem, batch: Batch, rows: Span
+) -> Tensor:
+    """``x [b, q_heads, rows, n]`` times ``descale [b or 1, kv_heads, q_len or 1]``; None is 1."""
+    if descale is None:
+        return x
+    factor = cut(take(descale, batch), 2, rows).repeat_interleave(problem.group, 1)
+    return x * factor.unsqueeze(-1).to(x.dtype)
+
+
 def soft_cap(scores: Tensor, softcap: float) -> Tensor:
     """``softcap * tanh(scores / softcap)``."""
     return torch.tanh(scores / softcap) * softcap

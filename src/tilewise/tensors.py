@@ -6,16 +6,23 @@ import torch
 from torch import Tensor
 
 
+def out_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of ``out`` for inputs of ``dtype``: the same; bfloat16 for float8, whose three bits
+    of mantissa are no result."""
+    return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
+
+
 def like_queries(q: Tensor, v_dim: int) -> Tensor:
-    """An uninitialised ``[batch, q_heads, q_len, v_dim]`` laid out in memory as ``q`` is.
+    """An uninitialised ``out [batch, q_heads, q_len, v_dim]`` laid out in memory as ``q`` is.
 
     Either heads before queries or, for a ``q`` that is a transposed ``[batch, q_len, heads, dim]``,
     queries before heads: transposing the result back then gives a contiguous tensor.
     """
     batch, heads, q_len, _ = q.shape
+    dtype = out_dtype(q.dtype)
     if q.stride(1) < q.stride(2):
-        return q.new_empty(batch, q_len, heads, v_dim).transpose(1, 2)
-    return q.new_empty(batch, heads, q_len, v_dim)
+        return q.new_empty(batch, q_len, heads, v_dim, dtype=dtype).transpose(1, 2)
+    return q.new_empty(batch, heads, q_len, v_dim, dtype=dtype)
 
 
 def visible_matmul(

@@ -16,7 +16,9 @@ def tilewise(*arguments):
 def test_help_lists_the_commands():
     done = tilewise("--help")
     assert done.returncode == 0
-    commands = "compare bench train generate explain doctor kernels learn trace masks"
+    commands = (
+        "compare bench train generate explain doctor kernels tune learn trace masks reproduce"
+    )
     for command in commands.split():
         assert f" {command} " in done.stdout
 

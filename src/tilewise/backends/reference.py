@@ -1,7 +1,7 @@
 """Standard attention, dense: the specification that every other backend is held to.
 
-Runs in the dtype of its inputs, as people write it, and holds the whole score matrix: O(N^2)
-memory, so it runs only when asked for by name.
+Runs in the dtype of its inputs, as people write it, float8 in float32, and holds the whole score
+matrix: O(N^2) memory, so it runs only when asked for by name.
 """
 
 from __future__ import annotations
@@ -11,8 +11,15 @@ from torch import Tensor
 
 from ..philox import dropout_keep
 from ..problem import Inputs, Plan, Problem
-from ..scores import BiasGradients, add_biases, sink_gradient, soft_cap, soft_cap_slope
-from ..tensors import like_queries, visible_matmul
+from ..scores import (
+    BiasGradients,
+    add_biases,
+    descaled,
+    sink_gradient,
+    soft_cap,
+    soft_cap_slope,
+)
+from ..tensors import like_queries, out_dtype, visible_matmul
 from ..tiles import Span
 
 ALL = slice(None)
@@ -34,12 +41,16 @@ def standard(
     problem: Problem, inputs: Inputs, *, with_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """``softmax(scores) v`` by the definition, in PyTorch operations that autograd can follow."""
+    if problem.dtype == torch.float8_e4m3fn:
+        inputs = inputs._replace(q=inputs.q.float(), k=inputs.k.float(), v=inputs.v.float())
     k, v = _keys_values(problem, inputs)
     scores, visible, _ = _scores(problem, inputs, k)
     weights = _softmax(problem, inputs, scores)
     if problem.dropout_p:
-        weights = weights * _keep_factor(problem, inputs)
+        weights = weights * _keep_factor(problem, inputs, weights.dtype)
     out = _ungroup(visible_matmul(_group(weights, problem), v, visible), problem)
+    out = descaled(out, inputs.v_descale, problem, ALL, _whole(problem)[0])
+    out = out.to(out_dtype(problem.dtype))
     if not with_lse:
         return out, None
     lse = torch.logsumexp(scores.to(problem.compute_dtype), dim=-1)
@@ -69,7 +80,7 @@ def backward(
     k, v = _keys_values(problem, inputs)
     scores, visible, capped = _scores(problem, inputs, k)
     weights = _softmax(problem, inputs, scores)
-    keep = _keep_factor(problem, inputs) if problem.dropout_p else 1.0
+    keep = _keep_factor(problem, inputs, problem.dtype) if problem.dropout_p else 1.0
     d_grouped = _group(d_out.to(problem.dtype), problem)
     d_v = visible_matmul(_group(weights * keep, problem), d_grouped, visible, transpose=True)
     d_weights = _hide(_ungroup(d_grouped @ v.mT, problem) * keep, visible)
@@ -115,6 +126,7 @@ def _scores(
     """All scores, -inf where masked; what is visible; the capped scores if there is a cap."""
     rows, keys = _whole(problem)
     scores = _ungroup(_group(inputs.q, problem) @ k.mT, problem) * problem.scale
+    scores = descaled(scores, inputs.qk_descale, problem, ALL, rows)
     capped = None
     if problem.softcap:
         capped = soft_cap(scores, problem.softcap)
@@ -138,12 +150,12 @@ def _softmax(problem: Problem, inputs: Inputs, scores: Tensor) -> Tensor:
     return weights.masked_fill(torch.isneginf(scores).all(-1, keepdim=True), 0)
 
 
-def _keep_factor(problem: Problem, inputs: Inputs) -> Tensor:
+def _keep_factor(problem: Problem, inputs: Inputs, dtype: torch.dtype) -> Tensor:
     assert inputs.seed is not None
     device = inputs.q.device
     batch, heads = (torch.arange(n, device=device) for n in (problem.batch, problem.q_heads))
     keep = dropout_keep(inputs.seed, batch, heads, *_whole(problem), problem.dropout_p)
-    return keep.to(problem.dtype) / (1 - problem.dropout_p)
+    return keep.to(dtype) / (1 - problem.dropout_p)
 
 
 def _whole(problem: Problem) -> tuple[Span, Span]:

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from ..philox import dropout_keep
 from ..problem import Inputs, Plan, Problem
-from ..scores import Batch, BiasGradients, add_biases, sink_gradient, soft_cap, soft_cap_slope, take
+from ..scores import (
+    Batch,
+    BiasGradients,
+    add_biases,
+    descaled,
+    sink_gradient,
+    soft_cap,
+    soft_cap_slope,
+    take,
+)
 from ..tensors import like_queries, visible_matmul
 from ..tiles import FULL, SKIP, Lowered, Span, blocks
 
@@ -64,6 +73,9 @@ def forward(problem: Problem, inputs: Inputs, plan: Plan) -> tuple[Tensor, Tenso
     lse = inputs.q.new_empty(out.shape[:3], dtype=problem.compute_dtype)
     for batch, rows, tiles in schedule(problem, inputs.mask, plan, outer="q"):
         q = load_queries(problem, inputs.q, batch, rows) * problem.scale
+        if inputs.qk_descale is not None:
+            q = ungroup_rows(problem, q)
+            q = group_rows(problem, descaled(q, inputs.qk_descale, problem, batch, rows))
         state = initial_state(problem, inputs, q, rows)
         for keys, masked in tiles:
             k, v = load_tile(problem, inputs, batch, keys)
@@ -73,6 +85,7 @@ def forward(problem: Problem, inputs: Inputs, plan: Plan) -> tuple[Tensor, Tenso
             weights = drop(problem, inputs, weights, batch, rows, keys)
             accumulate(problem, state, weights, rescale, v, visible)
         block, block_lse = finish(state)
+        block = descaled(block, inputs.v_descale, problem, batch, rows)
         out[batch, :, rows[0] : rows[1]] = block.to(out.dtype)
         lse[batch, :, rows[0] : rows[1]] = block_lse
     return out, lse

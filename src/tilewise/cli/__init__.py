@@ -12,8 +12,10 @@ from .generate import generate
 from .kernels import kernels
 from .learn import learn
 from .masks import masks
+from .reproduce import reproduce
 from .trace import trace
 from .train import train
+from .tune import tune
 
 app = typer.Typer(
     name="tilewise",
@@ -21,7 +23,20 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for _command in (compare, bench, train, generate, explain, doctor, kernels, learn, trace, masks):
+for _command in (
+    compare,
+    bench,
+    train,
+    generate,
+    explain,
+    doctor,
+    kernels,
+    learn,
+    trace,
+    masks,
+    reproduce,
+    tune,
+):
     app.command()(_command)
 
 

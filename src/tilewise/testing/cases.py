@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import masks as m
+from ..checks import FLOAT8
 from ..masks import Mask
+from ..tensors import out_dtype
 
 MaskMaker = Callable[["Case", torch.Generator], Mask]
 
@@ -68,13 +70,17 @@ MASKS: dict[str, MaskMaker] = {
 }
 """Every kind of mask, by name; ``nothing`` hides all keys."""
 
+DESCALES = ("q_descale", "k_descale", "v_descale")
 BIAS_SHAPES = ("bhqk", "hqk", "qk", "b11k", "h1k", "bhq1", "1")
 LAYOUTS = ("bhsd", "bshd", "sbhd", "sliced", "transposed", "expanded")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call: shapes, dtype, memory layout, mask and options, and the seed of its tensors."""
+    """One call: shapes, dtype, memory layout, mask and options, and the seed of its tensors.
+
+    ``descales`` is ``"h"``, ``"bh"`` (one per kv head, or per batch entry and kv head) or None.
+    """
 
     batch: int = 2
     q_heads: int = 4
@@ -92,6 +98,7 @@ class Case:
     alibi: str | None = None
     relative_bias: bool = False
     sinks: bool = False
+    descales: str | None = None
     dropout_p: float = 0.0
     magnitude: float = 1.0
     seed: int = 0
@@ -104,8 +111,11 @@ class Case:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
 
         def laid_out(heads: int, length: int, dim: int) -> Tensor:
-            x = draw(self.batch, heads, length, dim) * self.magnitude
-            return in_layout(x, self.layout)
+            shape = (self.batch, heads, length, dim)
+            if self.dtype == FLOAT8:  # has no product; its strides are those of its bytes
+                x = (draw(*shape, dtype=torch.float64) * self.magnitude).to(FLOAT8)
+                return in_layout(x.view(torch.uint8), self.layout).view(FLOAT8)
+            return in_layout(draw(*shape) * self.magnitude, self.layout)
 
         q = laid_out(self.q_heads, self.q_len, self.head_dim)
         k = laid_out(self.kv_heads, self.kv_len, self.head_dim)
@@ -113,9 +123,10 @@ class Case:
         options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap}
         if self.mask is not None:
             options["mask"] = MASKS[self.mask](self, generator)
-        wide = torch.promote_types(self.dtype, torch.float32)
+        own = out_dtype(self.dtype)
+        wide = torch.promote_types(own, torch.float32)
         if self.bias is not None:
-            options["bias"] = draw(*self._bias_shape())
+            options["bias"] = draw(*self._bias_shape(), dtype=own)
         if self.alibi is not None:
             shape = (self.batch, self.q_heads) if self.alibi == "bh" else (self.q_heads,)
             options["alibi"] = draw(*shape, dtype=wide).abs() * 0.3
@@ -124,9 +135,13 @@ class Case:
             options["relative_bias"] = draw(self.q_heads, distances, dtype=wide)
         if self.sinks:
             options["sinks"] = draw(self.q_heads, dtype=wide)
+        if self.descales is not None:
+            shape = (self.batch, self.kv_heads) if self.descales == "bh" else (self.kv_heads,)
+            for name in DESCALES:
+                options[name] = 0.5 + draw(*shape, dtype=torch.float32).abs()
         if self.dropout_p:
             options |= {"dropout_p": self.dropout_p, "seed": self.seed + 2**40}
-        d_out = draw(self.batch, self.q_heads, self.q_len, self.v_dim)
+        d_out = draw(self.batch, self.q_heads, self.q_len, self.v_dim, dtype=own)
         d_lse = draw(self.batch, self.q_heads, self.q_len, dtype=wide)
         return Call(self, q, k, v, options, d_out, d_lse)
 
@@ -193,13 +208,22 @@ FEATURES: tuple[Feature, ...] = (
 )
 
 
+FLOAT8_FEATURES: tuple[Feature, ...] = (
+    *FEATURES,
+    Feature("descales", {"descales": "h"}),
+    Feature("descales:bh", {"descales": "bh"}),
+)
+"""Those of float8 calls."""
+
+
 def grid(dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Case]]:
     """The plain case, every feature alone, and every pair that touches different fields."""
     plain = Case(dtype=dtype)
+    features = FLOAT8_FEATURES if dtype == FLOAT8 else FEATURES
     yield "plain", plain
-    for feature in FEATURES:
+    for feature in features:
         yield feature.name, replace(plain, **feature.fields)
-    for a, b in combinations(FEATURES, 2):
+    for a, b in combinations(features, 2):
         if not a.fields.keys() & b.fields.keys():
             yield f"{a.name}+{b.name}", replace(plain, **a.fields, **b.fields)
 

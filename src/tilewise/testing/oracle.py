@@ -42,6 +42,18 @@ def visibility(call: Call) -> Tensor:
     return mask.contains(frame.entries(0, frame.q_len)).expand(shape)
 
 
+def widened(call: Call) -> dict[str, Tensor]:
+    """The differentiable tensors in float64, q, k and v multiplied by their descales."""
+    x = {name: tensor.detach().double() for name, tensor in call.differentiable().items()}
+    for name in "qkv":
+        descale = call.options.get(f"{name}_descale")
+        if descale is not None:
+            group = x[name].shape[1] // descale.shape[-1]
+            factor = descale.double().view(-1, descale.shape[-1]).repeat_interleave(group, 1)
+            x[name] = x[name] * factor[:, :, None, None]
+    return x
+
+
 def forward(call: Call, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``out``, ``lse``, the weights before dropout, and the scores, of float64 tensors ``x``."""
     q, k, v = x["q"], x["k"], x["v"]
@@ -85,7 +97,7 @@ def forward(call: Call, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, T
 
 def run(call: Call) -> Result:
     """Outputs, gradients and their magnitudes in float64."""
-    x = {n: t.detach().double().requires_grad_() for n, t in call.differentiable().items()}
+    x = {name: tensor.requires_grad_() for name, tensor in widened(call).items()}
     out, lse, weights, _ = forward(call, x)
     d_out = call.d_out.double()
     d_lse = torch.where(torch.isneginf(lse), 0, call.d_lse.double())

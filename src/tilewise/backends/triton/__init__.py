@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ...problem import Inputs, Plan, Problem
-from .plan import INTERPRETER, Architecture, TritonPlan, largest_dim, plan_for
+from . import tuning
+from .plan import INTERPRETER, Architecture, TritonPlan, asks_for_fused, largest_dim, plan_for
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 LONGEST = 2**30
 OLDEST = (7, 5)
 
@@ -54,7 +55,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     else:  # only now, since it asks the CUDA driver, which a call on the CPU must not wake
         name = architecture().name
     if problem.dtype not in DTYPES:
-        reasons.append(f"dtype is {problem.dtype}; it takes float32, float16 and bfloat16")
+        reasons.append(f"dtype is {problem.dtype}; it takes {', '.join(map(str, DTYPES))}")
     else:
         most = largest_dim(name, problem.dtype.itemsize)
         for side, dim in (("head_dim", problem.head_dim), ("v_dim", problem.v_dim)):
@@ -70,8 +71,12 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 def plan(problem: Problem) -> Plan:
-    """The plan for the current device."""
-    return plan_for(problem, architecture())
+    """The plan for the current device, with the backward that ``TILEWISE_TRITON_BACKWARD`` asks
+    for: ``split`` (the default, the same bits in every run) or ``fused``, read when the first call
+    of a kind is planned; and with the tiles that ``tilewise tune`` has found here."""
+    here = architecture()
+    fused = asks_for_fused(os.environ.get("TILEWISE_TRITON_BACKWARD"), here.name)
+    return plan_for(problem, here, fused=fused, tuned=tuning.load(here.name))
 
 
 def architecture() -> Architecture:
@@ -106,7 +111,7 @@ def forward(problem: Problem, inputs: Inputs, plan: Plan) -> tuple[Tensor, Tenso
     from . import decode, forward_pass, retry
 
     assert isinstance(plan, TritonPlan)
-    module = decode if plan.parts else forward_pass
+    module, inputs = decode if plan.parts else forward_pass, _resolved(inputs)
     with torch.cuda.device_of(inputs.q):
         return retry.with_tiles_that_fit(
             "forward", plan, lambda plan: module.forward(problem, inputs, plan)
@@ -128,6 +133,8 @@ def backward(
     from . import backward_pass, retry
 
     assert isinstance(plan, TritonPlan)
+    inputs, d_out = _resolved(inputs), d_out.resolve_neg()
+    d_lse = None if d_lse is None else d_lse.resolve_neg()
     with torch.cuda.device_of(inputs.q):
         return retry.with_tiles_that_fit(
             "backward",
@@ -136,6 +143,11 @@ def backward(
                 problem, inputs, plan, out, lse, d_out, d_lse, needs
             ),
         )
+
+
+def _resolved(inputs: Inputs) -> Inputs:
+    """Kernels read memory, which does not say of a view that it promises to negate."""
+    return Inputs(*[x.resolve_neg() if isinstance(x, Tensor) else x for x in inputs])
 
 
 @cache

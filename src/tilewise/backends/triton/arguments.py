@@ -18,6 +18,8 @@ from .primitives import BAND, BITMAP, NONE, ONE_RUN, TWO_RUNS, Operand, Terms
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ALIGNMENT = 16
+LEAST_BYTES = 32
+"""What a matrix instruction takes of a row of q."""
 NUMBERS = ("scale", "softcap", "keep", "threshold", "relative_zero", "relative_entries")
 LENGTHS = ("low", "high", "heads", "group", "q_len", "kv_len")
 UNSPECIALISED = (*NUMBERS, *LENGTHS)
@@ -51,6 +53,8 @@ def pack(problem: Problem, inputs: Inputs) -> Arguments:
         else operand(inputs.relative_bias.float()),
         position=None if inputs.position is None else operand(inputs.position, rows[::2]),
         seed=inputs.seed if problem.dropout_p else None,
+        qk_descale=_descale(problem, inputs.qk_descale),
+        v_descale=_descale(problem, inputs.v_descale),
     )
     threshold = keep_threshold(problem.dropout_p)
     numbers = (
@@ -67,7 +71,7 @@ def pack(problem: Problem, inputs: Inputs) -> Arguments:
         "RAW": is_raw(problem),
         "HEAD_DIM": problem.head_dim,
         "V_DIM": problem.v_dim,
-        "PADDED_DIM": padded(problem.head_dim),
+        "PADDED_DIM": max(padded(problem.head_dim), LEAST_BYTES // problem.dtype.itemsize),
         "PADDED_V": padded(problem.v_dim),
     }
     sinks = None if inputs.sinks is None else inputs.sinks.float().contiguous()
@@ -131,6 +135,11 @@ def _mask(problem: Problem, inputs: Inputs) -> tuple[Operand | None, Operand | N
         return operand(first, shape), operand(second, shape), form, 0, 0
     codes, words = mask.codes, mask.words.contiguous()
     return operand(codes, (*heads, *codes.shape[2:])), operand(words), form, 0, 0
+
+
+def _descale(problem: Problem, descale: Tensor | None) -> Operand | None:
+    shape = (problem.batch, problem.kv_heads, problem.q_len)
+    return None if descale is None else operand(descale, shape)
 
 
 def _bias(problem: Problem, bias: Tensor | None) -> Operand | None:

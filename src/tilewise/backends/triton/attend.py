@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .float8 import in_half, lift_of, negated, positive_unit, row_factor
 from .primitives import (
     BITMAP,
     INF,
     NONE,
+    Numbers,
     accumulate,
     all_finite,
     finish,
@@ -103,19 +105,46 @@ def unknown(call, count):
     return tl.minimum(call.kv_len, 0) + count
 
 
+@triton.constexpr_function
+def columns_in_step(dtype, padded, raw, careful):
+    """How many columns of q and k are multiplied at a time.
+
+    Without matrix instructions a thread holds whole rows of both factors. Those of float32 at 128
+    columns leave no registers for anything but ``q . k``; in the careful pass the tiles are so
+    small that this is so in every dtype.
+    """
+    if careful:
+        return 16
+    return 32 if dtype.primitive_bitwidth == 32 and padded > 64 and not raw else padded
+
+
 @triton.jit
-def careful_product(call, keys, rows, first, live, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
-    """``q . k`` of ``FEW`` rows and keys, ``FEW`` columns at a time: with tiles this small a thread
-    would hold whole rows of both in registers."""
-    tile = tl.zeros((FEW, FEW), tl.float32)
+def product_of_columns(call, keys, rows, first, live, COUNT: tl.constexpr, STEP: tl.constexpr,
+                       HEAD_DIM: tl.constexpr):  # fmt: skip
+    """``q . k`` of the ``COUNT`` keys from ``first``, ``STEP`` columns at a time, read anew."""
+    tile = tl.zeros((rows.query.shape[0], COUNT), tl.float32)
     row = row_place(call.q, rows.batch, rows.head, rows.query)
-    for begin in tl.range(0, unknown(call, PADDED), FEW, num_stages=1):
-        column = begin + tl.arange(0, FEW)
+    for begin in tl.range(0, unknown(call, HEAD_DIM), STEP, num_stages=1):
+        column = begin + tl.arange(0, STEP)
         place = row[:, None] + column[None, :].to(tl.int64) * call.q.stride[3]
-        q = load_where(place, rows.live, column, HEAD_DIM, FEW)
-        k = load_columns(keys.k, keys, first, live, column, FEW, HEAD_DIM, FEW)
-        tile = tl.dot(q, tl.trans(k), tile, input_precision="ieee")
+        q = load_where(place, rows.live, column, HEAD_DIM, STEP)
+        k = load_columns(keys.k, keys, first, live, column, COUNT, HEAD_DIM, STEP)
+        tile = tl.dot(in_half(q), tl.trans(in_half(k)), tile, input_precision="ieee")
     return tile
+
+
+@triton.jit
+def descaled(call, rows, RAW: tl.constexpr):
+    """``call`` with a scale per row that includes its descale, as ``scores_of`` takes it, or, where
+    it is the unit of scores that stay ``q . k``, without its sign."""
+    n = call.numbers
+    scale = n.scale * row_factor(call.terms.qk_descale, rows, call.group)
+    scale = positive_unit(scale) if RAW else scale[:, None]
+    numbers = Numbers(scale, n.softcap, n.relative_zero, n.relative_entries, n.threshold, n.keep)
+    return Call(
+        call.q, call.out, call.lse, call.terms, call.sinks, numbers, call.mask, call.order,
+        call.counts, call.group, call.q_len, call.kv_len,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -159,8 +188,9 @@ def step(call, q, keys, rows, runs, walk, start, maximum, total, out, column, FU
     # In a paged cache the guard also keeps page indices within the table.
     if (not FULL) or (keys.table is not None):
         live = (key >= walk.low) & (key < walk.high)
-    if CAREFUL:
-        tile = careful_product(call, keys, rows, start, live, HEAD_DIM, PADDED_DIM)
+    STEP: tl.constexpr = columns_in_step(call.q.at.dtype.element_ty, PADDED_DIM, RAW, CAREFUL)
+    if STEP < PADDED_DIM or CAREFUL:
+        tile = product_of_columns(call, keys, rows, start, live, COUNT, STEP, HEAD_DIM)
     else:
         k = load_keys(keys.k, keys, start, live, COUNT, HEAD_DIM, PADDED_DIM)
         tile = product(q, k)
@@ -170,11 +200,15 @@ def step(call, q, keys, rows, runs, walk, start, maximum, total, out, column, FU
         visible = visible_entries(call.mask, runs, rows, key, call.kv_len, FORM)
         tile = mask_tile(tile, visible)
     unit = call.numbers.scale if RAW else 1.0
-    maximum, total, weights, shrink = online_softmax_update(maximum, total, tile, unit)
+    LIFT: tl.constexpr = lift_of(keys.v.at.dtype.element_ty)
+    EACH: tl.constexpr = RAW and call.terms.qk_descale is not None
+    maximum, total, weights, shrink = online_softmax_update(maximum, total, tile, unit, LIFT, EACH)
     if call.terms.seed is not None:
         keep = kept(call.terms, call.numbers, rows, start, out.shape[0], COUNT)
         weights = tl.where(keep, weights, 0.0)
     v = load_columns(keys.v, keys, start, live, column, COUNT, V_DIM, PADDED_V)
+    if CAREFUL:
+        v = in_half(v)
     return maximum, total, accumulate(out * shrink[:, None], weights, v, visible, CAREFUL)
 
 
@@ -185,7 +219,10 @@ def write(call, rows, maximum, total, out, column, RAW: tl.constexpr, V_DIM: tl.
     if call.sinks is not None:
         sink = tl.load(call.sinks + rows.head)
     unit = call.numbers.scale if RAW else 1.0
-    out, lse = finish(maximum, total, out, unit, sink, call.numbers.keep)
+    LIFT: tl.constexpr = lift_of(call.q.at.dtype.element_ty)
+    out, lse = finish(maximum, total, out, unit, sink, call.numbers.keep, LIFT)
+    if call.terms.v_descale is not None:
+        out = out * row_factor(call.terms.v_descale, rows, call.group)[:, None]
     store_columns(call.out, rows, out, column, V_DIM)
     tl.store(row_place(call.lse, rows.batch, rows.head, rows.query), lse, mask=rows.live)
 
@@ -222,6 +259,11 @@ def attend(
     first, last = tiles * part // parts, tiles * (part + 1) // parts
     split = walk.partials
     q = load_queries(call.q, rows, HEAD_DIM, PADDED_DIM)
+    scaled = call
+    if call.terms.qk_descale is not None:
+        scaled = descaled(call, rows, RAW)
+        if RAW:
+            q = negated(q, row_factor(call.terms.qk_descale, rows, call.group) < 0)
     maximum = tl.full((BLOCK_Q,), -INF, tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     out = tl.zeros((BLOCK_Q, PADDED_V), tl.float32)
@@ -229,7 +271,7 @@ def attend(
     for t in tl.range(tl.minimum(first, split), tl.minimum(last, split)):
         start = tile_at(walk, t, False, FORM) * BLOCK_KV
         maximum, total, out = step(
-            call, q, keys, rows, runs, walk, start, maximum, total, out, column,
+            scaled, q, keys, rows, runs, walk, start, maximum, total, out, column,
             False, False, FORM, RAW, HEAD_DIM, PADDED_DIM, V_DIM, PADDED_V, BLOCK_KV,
         )  # fmt: skip
     # Without a mask no row is kept from any key: what is not a number belongs there.
@@ -237,10 +279,10 @@ def attend(
         for t in tl.range(tl.maximum(first, split), tl.maximum(last, split)):
             start = tile_at(walk, t - split, True, FORM) * BLOCK_KV
             maximum, total, out = step(
-                call, q, keys, rows, runs, walk, start, maximum, total, out, column,
+                scaled, q, keys, rows, runs, walk, start, maximum, total, out, column,
                 True, False, FORM, RAW, HEAD_DIM, PADDED_DIM, V_DIM, PADDED_V, BLOCK_KV,
             )  # fmt: skip
-        write(call, rows, maximum, total, out, column, RAW, V_DIM)
+        write(scaled, rows, maximum, total, out, column, RAW, V_DIM)
     else:
         for some in tl.range(0, unknown(call, BLOCK_Q // FEW), num_stages=1):
             index = block * BLOCK_Q + some * FEW + tl.arange(0, FEW)
@@ -284,6 +326,10 @@ def attend_carefully(
     rows = rows_of(call, batch, head, index, PACKED)
     runs = load_runs(call.mask, rows, FORM)
     column = begin + tl.arange(0, WIDTH)
+    # The queries are read as they are: a descale may have a sign, so it multiplies the scores.
+    PLAIN: tl.constexpr = RAW and call.terms.qk_descale is None
+    if call.terms.qk_descale is not None:
+        call = descaled(call, rows, False)
     maximum = tl.full((FEW,), -INF, tl.float32)
     total = tl.zeros((FEW,), tl.float32)
     out = tl.zeros((FEW, WIDTH), tl.float32)
@@ -296,6 +342,6 @@ def attend_carefully(
             start = tile * BLOCK_KV + some * FEW
             maximum, total, out = step(
                 call, None, keys, rows, runs, walk, start, maximum, total, out, column,
-                False, True, FORM, RAW, HEAD_DIM, PADDED_DIM, V_DIM, WIDTH, FEW,
+                False, True, FORM, PLAIN, HEAD_DIM, PADDED_DIM, V_DIM, WIDTH, FEW,
             )  # fmt: skip
-    write(call, rows, maximum, total, out, column, RAW, V_DIM)
+    write(call, rows, maximum, total, out, column, PLAIN, V_DIM)

@@ -8,7 +8,7 @@ one order, no number is added atomically, and memory stays O(N).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ...problem import Inputs, Problem
 from ...scores import sink_gradient
-from . import bias_gradients, dkdv, dq, launch, walk_queries
+from . import bias_gradients, dkdv, dq, fused_backward, launch, walk_queries
 from .arguments import aligned, operand, pack, padded
 from .compiler import CompileCase
-from .plan import TritonPlan, matrix_of
+from .plan import Tile, TritonPlan, fused_tile, matrix_of
 from .primitives import INF, LOG2E, Rows, load_queries, row_place
 from .samples import Sample, samples
 from .score_gradients import Shared
@@ -79,8 +79,10 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients asked for by ``needs``, each in its input's dtype and shape."""
     shared, delta = prepare(problem, inputs, plan, out, lse, d_out, d_lse)
-    found = _through_keys(problem, inputs, plan, shared, needs)
-    found |= _through_queries(problem, inputs, plan, shared, needs)
+    fused = fused_backward.takes(plan, inputs, needs)
+    found = _through_keys(problem, inputs, plan, shared, needs, fused)
+    if not fused:
+        found |= _through_queries(problem, inputs, plan, shared, needs)
     if needs["bias"] and _varies(inputs.bias) == (True, True):
         found["bias"] = bias_gradients.bias_gradient(problem, inputs, plan, shared)
     if needs["relative_bias"]:
@@ -151,8 +153,9 @@ def _through_keys(
     plan: TritonPlan,
     shared: Shared,
     needs: dict[str, bool],
+    fused: bool,
 ) -> dict[str, Tensor]:
-    """Gradients of k, v, and of a bias over keys alone."""
+    """Gradients of k, v, and of a bias over keys alone; if ``fused`` that of q, too."""
     keys_only = needs["bias"] and _varies(inputs.bias) == (False, True)
     if not (needs["k"] or needs["v"] or keys_only):
         return {}
@@ -161,7 +164,11 @@ def _through_keys(
     if keys_only:
         shape = (problem.batch, problem.q_heads, problem.kv_len, 2)
         d_bias = torch.zeros(shape, dtype=torch.float32, device=inputs.k.device)
-    dkdv.run(problem, inputs, plan, shared, found["k"], found["v"], d_bias)
+    wanted = (found["k"], found["v"], d_bias)
+    if fused:
+        found["q"] = fused_backward.run(problem, inputs, plan, shared, *wanted)
+    else:
+        dkdv.run(problem, inputs, plan, shared, *wanted)
     if d_bias is not None:
         assert inputs.bias is not None
         found["bias"] = d_bias.sum(3).unsqueeze(2).sum_to_size(inputs.bias.shape)
@@ -218,24 +225,19 @@ def _launches(sample: Sample) -> Iterator[tuple[str, Any, Launch, str]]:
     prepared = prepare_arguments(problem, inputs.q, rows, inputs.q, rows, rows, rows)
     yield "prepare", prepare_kernel, prepared, "none"
     shared = share(problem, inputs, inputs.q, rows, rows)
-    tile, options = plan.dkdv, shared.options
-    segments = None
-    if (
-        found := walk_queries.empty_segments(problem, inputs, tile.block_q, tile.block_kv)
-    ) is not None:
-        bounds, segments = found
-        launched = walk_queries.bound_arguments(problem, options, bounds, tile.block_q)
-        yield "bounds", walk_queries.bound_runs, launched, "none"
-        launched = walk_queries.segment_arguments(problem, options, bounds, segments, tile.block_kv)
-        yield "segments", walk_queries.segment_runs, launched, "none"
     biased = problem.bias
     d_bias = rows.new_zeros(problem.batch, problem.q_heads, problem.kv_len, 2) if biased else None
+    segments = yield from _segment_launches(sample, plan.dkdv, shared, "")
     launched = dkdv.launch_arguments(
         problem, inputs, plan, shared, inputs.k, inputs.v, d_bias, segments
     )
     # A tile that is not wider than high is computed with the keys as rows.
-    long = replace(tile, block_q=max(tile.block_q, tile.block_kv))
+    long = replace(plan.dkdv, block_q=max(plan.dkdv.block_q, plan.dkdv.block_kv))
     yield "dkdv", dkdv.dkdv_kernel, launched, matrix_of(problem, long)
+    if (tile := fused_tile(problem, plan.architecture)) is not None:
+        segments = yield from _segment_launches(sample, tile, shared, "fused ")
+        fused = replace(plan, fused=tile)
+        yield from fused_backward.launches(problem, inputs, fused, shared, d_bias, segments)
     sums = rows if biased else None
     launched = dq.launch_arguments(problem, inputs, plan, shared, inputs.q, sums, sums)
     yield "dq", dq.dq_kernel, launched, matrix_of(problem, plan.dq)
@@ -249,3 +251,20 @@ def _launches(sample: Sample) -> Iterator[tuple[str, Any, Launch, str]]:
             launched,
             matrix_of(problem, plan.pairs),
         )
+
+
+def _segment_launches(
+    sample: Sample, tile: Tile, shared: Shared, prefix: str
+) -> Generator[tuple[str, Any, Launch, str], None, Tensor | None]:
+    """The launches of ``dkdv.find_segments``, and what it returns."""
+    _, problem, inputs, _ = sample
+    found = walk_queries.empty_segments(problem, inputs, tile.block_q, tile.block_kv)
+    if found is None:
+        return None
+    bounds, segments = found
+    options = shared.options
+    launched = walk_queries.bound_arguments(problem, options, bounds, tile.block_q)
+    yield f"{prefix}bounds", walk_queries.bound_runs, launched, "none"
+    launched = walk_queries.segment_arguments(problem, options, bounds, segments, tile.block_kv)
+    yield f"{prefix}segments", walk_queries.segment_runs, launched, "none"
+    return segments

@@ -31,7 +31,8 @@ configuration that a plan may choose on ``arch``."""
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the gate has to know of a GPU; ``shared_limit`` is bytes a block may use at most."""
+    """What the gate has to know of a GPU; ``shared_limit`` is bytes a block may use at most;
+    ``float8`` are its matrix instructions for float8, empty if the kernels widen it there."""
 
     backend: str
     number: int | str
@@ -39,16 +40,17 @@ class Architecture:
     shared_limit: int
     matrix: str
     """Its best matrix instructions, a pattern of opcodes; empty if Triton uses none there."""
+    float8: str = ""
 
 
 ARCHITECTURES = {
     "sm_75": Architecture("cuda", 75, 32, 65_536, ""),
     "sm_80": Architecture("cuda", 80, 32, 166_912, "HMMA"),
     "sm_86": Architecture("cuda", 86, 32, 101_376, "HMMA"),
-    "sm_89": Architecture("cuda", 89, 32, 101_376, "HMMA"),
-    "sm_90": Architecture("cuda", 90, 32, 232_448, "[HQ]GMMA"),
-    "sm_100": Architecture("cuda", 100, 32, 232_448, "UTC[A-Z]*MMA"),
-    "sm_120": Architecture("cuda", 120, 32, 101_376, "HMMA"),
+    "sm_89": Architecture("cuda", 89, 32, 101_376, "HMMA", "QMMA"),
+    "sm_90": Architecture("cuda", 90, 32, 232_448, "[HQ]GMMA", "QGMMA"),
+    "sm_100": Architecture("cuda", 100, 32, 232_448, "UTC[A-Z]*MMA", "UTCQMMA"),
+    "sm_120": Architecture("cuda", 120, 32, 101_376, "HMMA", "QMMA"),
     "gfx942": Architecture("hip", "gfx942", 64, 65_536, "v_mfma"),
 }
 ANY_MATRIX = "[HIQO]MMA|[HIQ]GMMA|UTC[A-Z]*MMA|v_mfma"
@@ -63,7 +65,8 @@ class CompileCase:
     """A kernel and how a launch specialises it, in the terms of ``triton.compiler.ASTSource``.
 
     ``matrix`` is what its products have to become: ``"best"``, the architecture's best matrix
-    instructions (warpgroup instructions on sm_90, which need 64 rows); ``"any"`` matrix
+    instructions (warpgroup instructions on sm_90, which need 64 rows), or its ``"float8"`` ones if
+    the kernels multiply float8 there; ``"any"`` matrix
     instructions; or ``"none"``, for kernels without a product and for true float32, which NVIDIA
     has no such instruction for: there must be none that rounds.
     """
@@ -198,9 +201,12 @@ def faults(case: CompileCase, facts: Facts) -> list[str]:
         found.append(f"shared memory: {facts.shared:,} bytes of {arch.shared_limit:,}")
     if facts.tensor_memory > TENSOR_MEMORY:
         found.append(f"tensor memory: {facts.tensor_memory} columns of {TENSOR_MEMORY}")
-    wanted = {"best": arch.matrix, "any": ANY_MATRIX if arch.matrix else "", "none": ""}[
-        case.matrix
-    ]
+    wanted = {
+        "best": arch.matrix,
+        "float8": arch.float8 or arch.matrix,
+        "any": ANY_MATRIX if arch.matrix else "",
+        "none": "",
+    }[case.matrix]
     if wanted and not any(re.match(wanted, name) for name in facts.matrix):
         found.append(f"no matrix instruction {wanted}: {dict(facts.matrix) or 'none at all'}")
     rounding = [name for name in facts.matrix if re.match(ROUNDING_MATRIX, name)]

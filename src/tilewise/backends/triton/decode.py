@@ -22,9 +22,10 @@ from . import launch
 from .arguments import UNSPECIALISED, Arguments, operand, pack, padded
 from .attend import Call, Keys, attend
 from .compiler import CompileCase
+from .float8 import FLOAT8, as_loaded
 from .plan import LONGEST_DECODE, TritonPlan, matrix_of
 from .primitives import INF, LOG2E, Mask, Numbers, Operand, operand_of_head
-from .samples import LENGTH, samples
+from .samples import DTYPES, LENGTH, samples
 from .walk import order_tiles
 
 COMBINED_ROWS = 4
@@ -193,7 +194,9 @@ def launch_arguments(
     order, counts = key_order(problem, inputs, tile.block_q, tile.block_kv)
     paged = inputs.page_table is not None
     arguments = (
-        *(operand(x) for x in (inputs.q, inputs.k, inputs.v, out, lse)),
+        *(operand(as_loaded(x, plan.architecture)) for x in (inputs.q, inputs.k, inputs.v)),
+        operand(out),
+        operand(lse),
         order,
         counts,
         triton.cdiv(problem.q_len * problem.group, tile.block_q),
@@ -253,7 +256,10 @@ def key_order(
 def compile_cases(architecture: str) -> Iterator[CompileCase]:
     """The kernels in every configuration that a plan may choose on ``architecture``."""
     for q_len, paged in ((1, False), (1, True), (LONGEST_DECODE, False), (LENGTH, True)):
-        for name, problem, inputs, plan in samples(architecture, q_len=q_len, paged=paged):
+        dtypes = (*DTYPES, FLOAT8) if q_len == 1 else DTYPES
+        for name, problem, inputs, plan in samples(
+            architecture, q_len=q_len, paged=paged, dtypes=dtypes
+        ):
             common = pack(problem, inputs)
             out = inputs.q.new_empty(2, *inputs.q.shape[:3], problem.v_dim, dtype=torch.float32)
             lse = out[..., 0].contiguous()

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ...problem import Inputs, Problem
 from . import launch
-from .arguments import UNSPECIALISED, operand
+from .arguments import UNSPECIALISED, Arguments, operand
 from .attend import FEW, Keys
-from .plan import TritonPlan
+from .plan import Tile, TritonPlan
 from .primitives import (
     BITMAP,
     NONE,
@@ -27,6 +27,7 @@ from .primitives import (
     Rows,
     accumulate,
     all_finite,
+    by_key,
     kept,
     load_runs,
     load_where,
@@ -62,10 +63,45 @@ from .walk_queries import (
 
 
 @triton.jit
+def add_to_d_q(
+    call,
+    d_q,
+    d_products,
+    k,
+    batch,
+    head,
+    key,
+    first_query,
+    FULL: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+):
+    """Add ``dS K`` to a block of queries of ``d_q``, a descriptor of float32 ``[batch * q_heads *
+    rows, dim]`` in which each head has ``q_len`` rows rounded up to whole blocks: no row needs a
+    mask."""
+    d_scores = d_products.to(k.dtype)
+    if FULL:
+        # Here keys beyond the end have weights too, which may overflow: inf * 0 = NaN.
+        d_scores = tl.where(by_key(key < call.kv_len, KEYS_FIRST), d_scores, 0.0)
+    BLOCK_Q: tl.constexpr = d_scores.shape[1] if KEYS_FIRST else d_scores.shape[0]
+    if KEYS_FIRST and BLOCK_Q < 64:
+        # The best instructions take 64 rows: here those of K^T. The sum passes through shared
+        # memory in any case, and is transposed there.
+        tile = tl.zeros((k.shape[1], BLOCK_Q), tl.float32)
+        tile = tl.trans(tl.dot(tl.trans(k), d_scores, tile, input_precision="ieee"))
+    else:
+        if KEYS_FIRST:
+            d_scores = tl.trans(d_scores)
+        tile = accumulate(tl.zeros((BLOCK_Q, k.shape[1]), tl.float32), d_scores, k)
+    rows = (call.q_len + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
+    d_q.atomic_add([(batch * call.heads + head) * rows + first_query, 0], tile)
+
+
+@triton.jit
 def add_queries(
     call,
     sums,
     wanted,
+    d_q,
     block,
     k,
     v,
@@ -80,7 +116,7 @@ def add_queries(
     BLOCK_Q: tl.constexpr,
 ):
     """Add what a block of queries gives to ``sums``: dK, dV, and the sum of dS over queries, which
-    is left alone where ``wanted`` is None."""
+    is left alone where ``wanted`` is None; and to its rows of ``d_q``, unless that is None."""
     d_k, d_v, d_bias = sums
     # The longer side is the rows: what each thread holds per column is then little.
     KEYS_FIRST: tl.constexpr = k.shape[0] >= BLOCK_Q
@@ -112,6 +148,8 @@ def add_queries(
     else:
         d_v = accumulate(d_v, tl.trans(weights.to(queries.d_out.dtype)), queries.d_out)
         d_k = accumulate(d_k, tl.trans(d_products.to(queries.q.dtype)), queries.q)
+    if d_q is not None:
+        add_to_d_q(call, d_q, d_products, k, batch, head, key, block * BLOCK_Q, FULL, KEYS_FIRST)
     if wanted is not None:
         d_bias += tl.sum(d_scores, 1 if KEYS_FIRST else 0)
     return d_k, d_v, d_bias
@@ -123,6 +161,7 @@ def visit_queries(
     d_k,
     d_v,
     d_bias,
+    d_q,
     order,
     counts,
     segments,
@@ -139,7 +178,8 @@ def visit_queries(
     BLOCK_Q: tl.constexpr,
 ):
     """Add to dK and dV the full (or partial) tiles of a block of keys, one query head after the
-    other; store the sums of dS over queries where ``d_bias`` is not None."""
+    other; store the sums of dS over queries where ``d_bias`` is not None, and add ``dS K`` to
+    ``d_q`` as ``add_to_d_q`` does where that is not None."""
     BLOCK_KV: tl.constexpr = k.shape[0]
     first = block * BLOCK_KV
     last = tl.minimum(first + BLOCK_KV, call.kv_len) - 1
@@ -157,7 +197,7 @@ def visit_queries(
         )
         for t in tl.range(0, walk.fulls if FULL else walk.partials):
             sums = add_queries(
-                call, sums, d_bias, tile_at(walk, t, FULL, FORM), k, v, batch, head, first,
+                call, sums, d_bias, d_q, tile_at(walk, t, FULL, FORM), k, v, batch, head, first,
                 FULL, FORM, RAW, HEAD_DIM, V_DIM, BLOCK_Q,
             )  # fmt: skip
         d_k, d_v, column = sums
@@ -282,14 +322,14 @@ def dkdv_kernel(
     sum_v = tl.zeros((BLOCK_KV, PADDED_V), tl.float32)
     if FORM != NONE:
         sum_k, sum_v = visit_queries(
-            call, sum_k, sum_v, d_bias, order, counts, segments, k_tile, v_tile, batch, kv_head,
-            block, False, FORM, RAW, HEAD_DIM, V_DIM, BLOCK_Q,
+            call, sum_k, sum_v, d_bias, None, order, counts, segments, k_tile, v_tile, batch,
+            kv_head, block, False, FORM, RAW, HEAD_DIM, V_DIM, BLOCK_Q,
         )  # fmt: skip
     # Without a mask nothing is hidden: what is not a number belongs there.
     if (FORM == NONE) or (all_finite(sum_k) & all_finite(sum_v)):
         sum_k, sum_v = visit_queries(
-            call, sum_k, sum_v, d_bias, order, counts, segments, k_tile, v_tile, batch, kv_head,
-            block, True, FORM, RAW, HEAD_DIM, V_DIM, BLOCK_Q,
+            call, sum_k, sum_v, d_bias, None, order, counts, segments, k_tile, v_tile, batch,
+            kv_head, block, True, FORM, RAW, HEAD_DIM, V_DIM, BLOCK_Q,
         )  # fmt: skip
         rows = Rows(batch, kv_head, key, live, None, None)
         store_queries(d_k, rows, sum_k * scale, HEAD_DIM)
@@ -317,19 +357,25 @@ def run(
 ) -> None:
     """Write dK and dV, and into ``d_bias [batch, q_heads, kv_len, 2]``, if given, the sums of dS
     over queries, those of partial and of full tiles apart."""
-    options, tile = shared.options, plan.dkdv
-    segments = None
-    if (found := empty_segments(problem, inputs, tile.block_q, tile.block_kv)) is not None:
-        bounds, segments = found
-        arguments, named = bound_arguments(problem, options, bounds, tile.block_q)
-        grid = (bounds[..., 0, :].numel(),)
-        launch.run(bound_runs, grid, plan.architecture, arguments, named)
-        arguments, named = segment_arguments(problem, options, bounds, segments, tile.block_kv)
-        grid = (segments[..., 0].numel(),)
-        launch.run(segment_runs, grid, plan.architecture, arguments, named)
+    segments = find_segments(problem, inputs, plan.dkdv, plan.architecture, shared.options)
     arguments, named = launch_arguments(problem, inputs, plan, shared, d_k, d_v, d_bias, segments)
     grid = (arguments[-1] * problem.batch * problem.kv_heads,)
     launch.run(dkdv_kernel, grid, plan.architecture, arguments, named)
+
+
+def find_segments(
+    problem: Problem, inputs: Inputs, tile: Tile, architecture: str, options: Arguments
+) -> Tensor | None:
+    """Which query blocks each block of keys visits, where the mask is made of runs."""
+    found = empty_segments(problem, inputs, tile.block_q, tile.block_kv)
+    if found is None:
+        return None
+    bounds, segments = found
+    arguments, named = bound_arguments(problem, options, bounds, tile.block_q)
+    launch.run(bound_runs, (bounds[..., 0, :].numel(),), architecture, arguments, named)
+    arguments, named = segment_arguments(problem, options, bounds, segments, tile.block_kv)
+    launch.run(segment_runs, (segments[..., 0].numel(),), architecture, arguments, named)
+    return segments
 
 
 def launch_arguments(

@@ -17,9 +17,10 @@ from . import launch
 from .arguments import UNSPECIALISED, aligned, operand, pack, spans
 from .attend import Call, Keys, attend
 from .compiler import CompileCase
+from .float8 import FLOAT8, as_loaded
 from .plan import TritonPlan, matrix_of
 from .primitives import Mask, Numbers, Operand, operand_of_head
-from .samples import samples
+from .samples import DTYPES, samples
 from .walk import order_tiles
 
 
@@ -106,7 +107,10 @@ def launch_arguments(
     tile, common = plan.forward, pack(problem, inputs)
     order, counts = key_order(problem, inputs, tile.block_q, tile.block_kv)
     arguments = (
-        *(operand(aligned(x)) for x in (inputs.q, inputs.k, inputs.v)),
+        *(
+            operand(as_loaded(aligned(x), plan.architecture))
+            for x in (inputs.q, inputs.k, inputs.v)
+        ),
         operand(out),
         operand(lse),
         order,
@@ -138,7 +142,7 @@ def key_order(
 
 def compile_cases(architecture: str) -> Iterator[CompileCase]:
     """``forward_kernel`` in every configuration that a plan may choose on ``architecture``."""
-    for name, problem, inputs, plan in samples(architecture):
+    for name, problem, inputs, plan in samples(architecture, dtypes=(*DTYPES, FLOAT8)):
         out = like_queries(inputs.q, problem.v_dim)
         arguments, named = launch_arguments(problem, inputs, plan, out, out[..., 0].float())
         yield CompileCase.from_call(

@@ -170,6 +170,17 @@ class Builder(interpreter.InterpreterBuilder):  # type: ignore[misc]
             self.watch.inside(ptr.data, mask.data, val.data.dtype.itemsize)
         return super().create_atomic_rmw(op, ptr, val, mask, sem, scope)
 
+    def create_descriptor_reduce(self, kind: Any, desc: Any, value: Any, indices: Any) -> None:
+        """The interpreter has none. Like the hardware, adds nothing outside of the tensor."""
+        ir = interpreter._ir
+        if kind != ir.DESCRIPTOR_REDUCE_KIND.ADD or not value.dtype.scalar.is_fp32():
+            raise NotImplementedError(f"interpreter: {kind} of {value.dtype} is not modelled")
+        ptrs, mask = desc.materialize_pointers(indices)
+        mask = interpreter.TensorHandle(mask, tl.int1)
+        self.create_atomic_rmw(
+            ir.ATOMIC_OP.FADD, ptrs, value, mask, ir.MEM_SEMANTIC.RELAXED, ir.MEM_SYNC_SCOPE.GPU
+        )
+
     def create_masked_load(self, ptrs: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         if self.watch is not None:
             size = interpreter._get_np_dtype(ptrs.get_element_ty()).itemsize

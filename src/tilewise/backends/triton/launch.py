@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 MOST_KEPT = 4096
 """Kernels kept under their keys. Beyond it the cache starts anew, since new strides never end."""
@@ -103,7 +104,8 @@ def _key(kernel: Any, arguments: tuple[Any, ...]) -> list[Any]:
 
 
 def _add(key: list[Any], argument: Any) -> None:
-    """Add the key of None, a tensor, strides (a plain tuple), or a named tuple of such."""
+    """Add the key of None, a tensor, strides (a plain tuple), a named tuple of such, or a tensor
+    descriptor."""
     kind = type(argument)
     if argument is None or kind is tuple:
         key.append(argument)
@@ -113,6 +115,9 @@ def _add(key: list[Any], argument: Any) -> None:
     elif isinstance(argument, tuple):
         for entry in argument:
             _add(key, entry)
+    elif kind is TensorDescriptor:
+        _add(key, argument.base)
+        key.append((*argument.block_shape, argument.padding))
     else:
         raise TypeError(f"arguments: got a {kind.__name__}; a kernel takes tensors and numbers")
 

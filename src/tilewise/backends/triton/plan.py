@@ -6,6 +6,7 @@ memory of its smallest member (``tilewise kernels`` shows it); none was measured
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ...problem import Plan, Problem
@@ -76,12 +77,17 @@ Table = dict[str, dict[tuple[int, int], tuple[Tile, Tile]]]
 
 FORWARD: Table = {
     "turing": {
+        (1, 64): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (1, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         (2, 64): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
         (2, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         (4, 64): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
         (4, 128): (Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
     },
     "ampere": {
+        (1, 64): (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+        (1, 128): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        (1, 256): (Tile(64, 32, 8, 1), Tile(32, 32, 8, 2)),
         (2, 64): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
         (2, 128): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
         (2, 256): (Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
@@ -90,14 +96,20 @@ FORWARD: Table = {
         (4, 128): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     },
     "hopper": {
+        (1, 64): (Tile(128, 128, 8, 2), Tile(128, 32, 8, 2)),
+        (1, 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        (1, 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
         (2, 64): (Tile(128, 128, 8, 2), Tile(128, 32, 8, 2)),
         (2, 128): (Tile(128, 128, 8, 2), Tile(128, 32, 8, 2)),
         (2, 256): (Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
-        (2, 512): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+        (2, 512): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
         (4, 64): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
-        (4, 128): (Tile(32, 32, 8, 2), Tile(32, 16, 8, 1)),
+        (4, 128): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 1)),
     },
     "blackwell": {
+        (1, 64): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        (1, 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        (1, 256): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
         (2, 64): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
         (2, 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
         (2, 256): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
@@ -106,6 +118,9 @@ FORWARD: Table = {
         (4, 128): (Tile(32, 32, 8, 2), Tile(32, 16, 8, 1)),
     },
     "cdna": {
+        (1, 64): (Tile(128, 64, 4, 1), Tile(128, 64, 4, 1)),
+        (1, 128): (Tile(128, 32, 4, 1), Tile(128, 32, 4, 1)),
+        (1, 256): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
         (2, 64): (Tile(128, 64, 4, 1), Tile(128, 64, 4, 1)),
         (2, 128): (Tile(128, 32, 4, 1), Tile(128, 32, 4, 1)),
         (2, 256): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
@@ -115,7 +130,8 @@ FORWARD: Table = {
     },
     "interpreter": {
         (size, dim): (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
-        for size, dim in (*((2, dim) for dim in BUCKETS), (4, 64), (4, 128))
+        for size, dims in ((1, BUCKETS[:3]), (2, BUCKETS), (4, BUCKETS[:2]))
+        for dim in dims
     },
 }
 
@@ -207,6 +223,19 @@ PAIRS = {"hopper": Tile(64, 32, 8, 1), "blackwell": Tile(64, 32, 8, 1)}
 """Tiles of the bias gradients by family, where they are not ``Tile(32, 32, 4, 1)``. Their registers
 do not grow with the dimensions."""
 
+FUSED: Table = {
+    "hopper": {
+        (2, 64): (Tile(64, 128, 8, 1), Tile(32, 32, 8, 1)),
+        (2, 128): (Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+    },
+    "blackwell": {
+        (2, 64): (Tile(64, 64, 8, 1), Tile(32, 32, 8, 1)),
+        (2, 128): (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
+    },
+    "interpreter": FORWARD["interpreter"],
+}
+"""The fused backward's, for the families and dimensions that it is built for."""
+
 
 @dataclass(frozen=True)
 class TritonPlan(Plan):
@@ -214,7 +243,7 @@ class TritonPlan(Plan):
 
     ``decode`` packs the query heads of a group into its rows; ``parts`` is into how many parts it
     cuts the keys, 0 where the call does not take it. ``section`` is how many heads run side by
-    side.
+    side. ``fused`` is the fused backward's tile, None where the backward is split.
     """
 
     architecture: str
@@ -225,12 +254,32 @@ class TritonPlan(Plan):
     decode: Tile
     parts: int
     section: int
+    fused: Tile | None = None
 
 
-def plan_for(problem: Problem, architecture: Architecture) -> TritonPlan:
-    """The plan of ``problem`` on ``architecture``."""
+TileKey = tuple[str, int, int, int, str]
+"""What a tile is chosen by: kernel, bytes of an element, bucket, richness, form of the mask."""
+
+NO_TILES: Mapping[TileKey, Tile] = {}
+
+
+def plan_for(
+    problem: Problem,
+    architecture: Architecture,
+    *,
+    fused: bool = False,
+    tuned: Mapping[TileKey, Tile] = NO_TILES,
+) -> TritonPlan:
+    """The plan of ``problem`` on ``architecture``, with the ``fused`` backward if it has one. Tiles
+    of ``tuned`` (``tuning.load``) go before those of the tables."""
+
+    def chosen(kernel: str, tile: Tile) -> Tile:
+        return tuned.get(tile_key(kernel, problem), tile)
+
     forward = look_up(FORWARD, problem, architecture.name)
-    decode = replace(forward, block_q=decode_rows(problem, forward))
+    decode = decode_tile(problem, forward)
+    decode = replace(chosen("decode", decode), block_q=decode.block_q)
+    forward = chosen("forward", forward)
     parts = 0
     if problem.page_size is not None or problem.q_len <= LONGEST_DECODE:
         parts = parts_for(problem, decode, architecture)
@@ -241,13 +290,46 @@ def plan_for(problem: Problem, architecture: Architecture) -> TritonPlan:
         runs.block_kv,
         architecture.name,
         forward,
-        look_up(DKDV, problem, architecture.name, ("bitmap",)),
-        look_up(DQ, problem, architecture.name, ("bitmap",)),
+        chosen("dkdv", look_up(DKDV, problem, architecture.name, ("bitmap",))),
+        chosen("dq", look_up(DQ, problem, architecture.name, ("bitmap",))),
         PAIRS.get(FAMILIES[architecture.name], Tile(32, 32, 4, 1)),
         decode,
         parts,
         section_for(problem, architecture),
+        chosen("fused", each)
+        if fused and (each := fused_tile(problem, architecture.name))
+        else None,
     )
+
+
+def tile_key(kernel: str, problem: Problem) -> TileKey:
+    """By what the tile of ``kernel`` is chosen for ``problem``."""
+    wide = max(problem.head_dim, problem.v_dim)
+    bucket = next(size for size in BUCKETS if wide <= size)
+    return kernel, problem.dtype.itemsize, bucket, richness(problem), problem.mask
+
+
+def fused_tile(problem: Problem, name: str) -> Tile | None:
+    """The tile of the fused backward, or None for what only the split form takes: dimensions that
+    the table lacks, and bitmaps beyond 64 columns, which spill."""
+    wide = max(problem.head_dim, problem.v_dim)
+    dims = [dim for size, dim in FUSED.get(FAMILIES[name], {}) if size == problem.dtype.itemsize]
+    if wide > max(dims, default=0) or (problem.mask == "bitmap" and wide > BUCKETS[0]):
+        return None
+    return look_up(FUSED, problem, name, ("bitmap",))
+
+
+def asks_for_fused(asked: str | None, name: str) -> bool:
+    """Whether ``asked``, the value of ``TILEWISE_TRITON_BACKWARD`` (None if it is not set), wants
+    the fused backward on the architecture ``name``. ValueError if that cannot be had."""
+    if asked in (None, "", "split"):
+        return False
+    if asked != "fused":
+        raise ValueError(f"TILEWISE_TRITON_BACKWARD: got {asked!r}; it must be split or fused")
+    if FAMILIES[name] not in FUSED:
+        have = ", ".join(arch for arch, family in FAMILIES.items() if family in FUSED)
+        raise ValueError(f"TILEWISE_TRITON_BACKWARD: got 'fused' on {name}; it needs one of {have}")
+    return True
 
 
 def largest_dim(name: str, size: int) -> int:
@@ -265,7 +347,10 @@ def look_up(
     """The tile of a problem; under the ``narrow`` forms of mask it has no more than 64 keys."""
     wide = max(problem.head_dim, problem.v_dim)
     bucket = next(size for size in BUCKETS if wide <= size)
-    tile = table[FAMILIES[name]][problem.dtype.itemsize, bucket][richness(problem)]
+    tiles = table[FAMILIES[name]]
+    # Float8 has no backward, and in its tables the tiles of two bytes, which nothing runs.
+    size = max(problem.dtype.itemsize, min(size for size, _ in tiles))
+    tile = tiles[size, bucket][richness(problem)]
     if problem.mask in narrow:
         # A bitmap needs its keys in one 64-wide tile; runs take the registers of a wider one.
         return replace(tile, block_kv=min(tile.block_kv, BITMAP_TILE))
@@ -276,6 +361,17 @@ def richness(problem: Problem) -> int:
     """Whether anything but ``q . k`` and a mask is computed for each score."""
     added = problem.bias or problem.alibi or problem.relative_bias or problem.softcap
     return RICH if added or problem.dropout_p or problem.scale <= 0 else PLAIN
+
+
+def decode_tile(problem: Problem, forward: Tile) -> Tile:
+    """The tile of packed heads. It has few keys: the addresses of pages take registers too."""
+    rich = richness(problem) == RICH
+    stages = 1 if rich else forward.stages
+    tile = replace(forward, block_kv=min(forward.block_kv, BITMAP_TILE), stages=stages)
+    if problem.dtype.itemsize == 4:
+        small = max(problem.head_dim, problem.v_dim) <= 64
+        tile = Tile(32 if small else 16, 32 if small and not rich else 16, 8, 1)
+    return replace(tile, block_q=decode_rows(problem, tile))
 
 
 def decode_rows(problem: Problem, tile: Tile) -> int:
@@ -304,4 +400,5 @@ def matrix_of(problem: Problem, tile: Tile) -> str:
     Hopper's and Blackwell's best need 64 rows and a warp group, four warps."""
     if problem.dtype.itemsize == 4:
         return "none"
-    return "best" if tile.block_q >= 64 and tile.warps >= 4 else "any"
+    best = "float8" if problem.dtype.itemsize == 1 else "best"
+    return best if tile.block_q >= 64 and tile.warps >= 4 else "any"

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .float8 import decoded
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 INF: tl.constexpr = tl.constexpr(float("inf"))
 LOWEST: tl.constexpr = tl.constexpr(-2.3e38)
@@ -42,7 +44,8 @@ class Terms(NamedTuple):
 
     ``bias [batch, q_heads, q_len, kv_len]`` and ``alibi [batch, q_heads, q_len]`` are operands,
     ``relative_bias [q_heads, entries]`` one of float32, ``position [batch, q_len]`` one of int64,
-    ``seed`` a pointer to dropout's int64.
+    ``seed`` a pointer to dropout's int64. The descales, operands ``[batch, kv_heads, q_len]`` of
+    float32, are factors on ``q . k`` and on the output.
     """
 
     bias: Any
@@ -50,6 +53,8 @@ class Terms(NamedTuple):
     relative_bias: Any
     position: Any
     seed: Any
+    qk_descale: Any
+    v_descale: Any
 
 
 class Numbers(NamedTuple):
@@ -117,17 +122,19 @@ def load_tile(
 
 @triton.jit
 def load_where(place, live, column, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Load ``place [n, PADDED]`` in live rows and the first ``DIM`` columns, zero elsewhere."""
+    """Load ``place [n, PADDED]`` in live rows and the first ``DIM`` columns, zero elsewhere; bytes
+    become numbers."""
     if live is None:
         if DIM == PADDED:
-            return tl.load(place)
+            return decoded(tl.load(place))
         else:
-            return tl.load(place, mask=column[None, :] < DIM, other=0.0)
+            return decoded(tl.load(place, mask=column[None, :] < DIM, other=0.0))
     else:
         if DIM == PADDED:
-            return tl.load(place, mask=live[:, None], other=0.0)
+            return decoded(tl.load(place, mask=live[:, None], other=0.0))
         else:
-            return tl.load(place, mask=live[:, None] & (column[None, :] < DIM), other=0.0)
+            there = live[:, None] & (column[None, :] < DIM)
+            return decoded(tl.load(place, mask=there, other=0.0))
 
 
 @triton.jit
@@ -370,14 +377,22 @@ def mask_tile(tile, visible):
 
 
 @triton.jit
-def online_softmax_update(maximum, total, tile, unit):
+def online_softmax_update(
+    maximum, total, tile, unit, LIFT: tl.constexpr = 0, EACH: tl.constexpr = False
+):
     """The new maximum and sum of each row, the weights ``exp(score - maximum)``, and the factor by
-    which what was summed so far shrinks. ``maximum`` is in the scores' unit."""
+    which what was summed so far shrinks. ``maximum`` is in the scores' unit, one for all rows or
+    for ``EACH``; weights, and so their sum, are multiplied by ``2**LIFT``."""
     highest = tl.maximum(maximum, tl.max(tile, 1))
     # A row that has seen no key keeps -inf; -inf - (-inf) would be NaN.
     shift = tl.where(highest == -INF, 0.0, highest * (unit * LOG2E))
     shrink = tl.exp2(maximum * (unit * LOG2E) - shift)
-    weights = tl.exp2(tile * (unit * LOG2E) - shift[:, None])
+    if LIFT:
+        shift = shift - LIFT
+    factor = unit * LOG2E
+    if EACH:
+        factor = factor[:, None]
+    weights = tl.exp2(tile * factor - shift[:, None])
     return highest, total * shrink + tl.sum(weights, 1), weights, shrink
 
 
@@ -438,6 +453,9 @@ def accumulate(total, weights, x, visible=None, CAREFUL: tl.constexpr = False):
         neither = (visible & ~(weights > 0) & ~(weights < 0)).to(x.dtype)  # 0 * inf, NaN * inf
         terms = tl.dot(neither, high + low, terms, input_precision="ieee")
         return tl.where(terms > 0, float("nan"), total)
+    elif x.dtype == tl.float8e4nv:
+        # Hopper sums float8 products in some 14 bits: only within a tile, then in float32.
+        return total + tl.dot(weights.to(x.dtype), x)
     else:
         return tl.dot(weights.to(x.dtype), x, total, input_precision="ieee")
 
@@ -450,10 +468,12 @@ def all_finite(x):
 
 
 @triton.jit
-def finish(maximum, total, out, unit, sink, keep):
+def finish(maximum, total, out, unit, sink, keep, LIFT: tl.constexpr = 0):
     """The output ``[rows, dim]`` divided by its weights, and ``lse``, natural; 0 and -inf where no
     key was seen. ``sink`` (None, scalar or one per row) is a key without a value; ``keep`` is
-    dropout's ``1 / (1 - p)``."""
+    dropout's ``1 / (1 - p)``; the weights were multiplied by ``2**LIFT``."""
+    if LIFT:
+        out, total = out * 2.0**-LIFT, total * 2.0**-LIFT
     highest = maximum * unit
     if sink is not None:
         joined = tl.maximum(highest, sink)

@@ -57,6 +57,7 @@ def smaller_plan(plan: TritonPlan) -> TritonPlan | None:
         dkdv=smaller_tile(plan.dkdv),
         dq=smaller_tile(plan.dq),
         pairs=smaller_tile(plan.pairs),
+        fused=None if plan.fused is None else smaller_tile(plan.fused),
         decode=decode,
     )
     return None if smaller == plan else smaller

@@ -13,8 +13,11 @@ import torch
 
 from ...problem import Inputs, Problem
 from ...tiles import Band, Bitmap, Lowered, Ranges
+from .float8 import FLOAT8
 from .plan import BUCKETS, Architecture, TritonPlan, largest_dim, plan_for
 
+DTYPES = (torch.float16, torch.float32)
+"""One of each size that has a backward."""
 LENGTH = 64
 HEADS, KV_HEADS = 4, 2
 
@@ -28,15 +31,24 @@ class Sample(NamedTuple):
     plan: TritonPlan
 
 
-def samples(architecture: str, *, q_len: int = LENGTH, paged: bool = False) -> Iterator[Sample]:
+def samples(
+    architecture: str,
+    *,
+    q_len: int = LENGTH,
+    paged: bool = False,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> Iterator[Sample]:
     """For each dtype size, bucket of dimensions and form of mask a plain call, whose dimension
-    fills its bucket; and for the widest forms one with every option, whose dimension does not."""
-    for dtype in (torch.float16, torch.float32):
+    fills its bucket; and for the widest forms one with every option, whose dimension does not.
+
+    Float8 calls are plain ones with descales.
+    """
+    for dtype in dtypes:
         largest = largest_dim(architecture, dtype.itemsize)
         for dim in (bucket for bucket in BUCKETS if bucket <= largest):
             for form in ("none", "band", "ranges", "bitmap"):
                 yield _sample(architecture, dtype, dim, form, False, q_len, paged)
-            for form in ("ranges", "bitmap"):
+            for form in () if dtype == FLOAT8 else ("ranges", "bitmap"):
                 yield _sample(architecture, dtype, dim - 16, form, True, q_len, paged)
 
 
@@ -61,6 +73,8 @@ def _sample(
             "seed": torch.zeros((), dtype=torch.int64),
             "position": torch.zeros(1, q_len, dtype=torch.int64),
         }
+    if dtype == FLOAT8:
+        options = dict.fromkeys(("qk_descale", "v_descale"), torch.ones(1, KV_HEADS, 1))
     if paged:
         options["page_table"] = torch.zeros(1, 4, dtype=torch.int32)
     inputs = Inputs(

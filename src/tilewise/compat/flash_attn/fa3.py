@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import UnsupportedError
 from .dense import attend
-from .descale import widen
+from .descale import descale
 from .kvcache import Cache, step
 from .options import (
     check_hint,
@@ -57,13 +57,14 @@ def flash_attn_func(
     """FlashAttention-3's ``flash_attn_func``.
 
     Args:
-        q: ``(batch, seqlen_q, nheads, headdim)``; float8 too, which is computed in float32.
+        q: ``(batch, seqlen_q, nheads, headdim)``; float8 too: e4m3 as ``tilewise.attention`` takes
+            it, forward only, e5m2 copied to float32.
         k: ``(batch, seqlen_k, nheads_k, headdim)``.
         v: ``(batch, seqlen_k, nheads_k, headdim_v)``.
         softmax_scale, causal, window_size, softcap: as in FlashAttention-2's ``flash_attn_func``.
         qv: refused.
         q_descale, k_descale, v_descale: ``(batch, nheads_k)``, factors on q, k and v; with one of
-            them, or float8, all three are copied to float32.
+            them all three are copied to float32, unless they are float8 e4m3.
         attention_chunk: query i sees only keys j with ``j // chunk == i' // chunk`` for
             ``i' = i + seqlen_k - seqlen_q``; 0 is none. Differentiable, unlike the peer's.
         num_splits, pack_gqa, sm_margin: scheduling hints of the peer; no result depends on them.
@@ -84,13 +85,14 @@ def flash_attn_func(
     q = check_layout("q", q, "(batch, seqlen, nheads, headdim)")
     k = check_layout("k", k, "(batch, seqlen, nheads_k, headdim)")
     v = check_layout("v", v, "(batch, seqlen, nheads_k, headdim)")
-    q, k, v, dtype = widen(q, k, v, (q_descale, k_descale, v_descale))
+    q, k, v, scales, dtype = descale(q, k, v, (q_descale, k_descale, v_descale))
     out, lse = attend(
         q,
         k,
         v,
         mask=visible(causal, window_size, attention_chunk),
         **score_options(softmax_scale, softcap),
+        **scales,
     )
     out = out.to(dtype)
     return (out, lse) if return_attn_probs else out
@@ -200,7 +202,7 @@ def flash_attn_varlen_func(
         check_layout(f"cu_seqlens_{side}", cu_seqlens, "(sequences + 1)")
         check_longest(f"max_seqlen_{side}", longest, cu_seqlens)
     packed = (cu_seqlens_q, cu_seqlens_k)
-    q, k, v, dtype = widen(q, k, v, (q_descale, k_descale, v_descale), packed)
+    q, k, v, scales, dtype = descale(q, k, v, (q_descale, k_descale, v_descale), packed)
     out, lse = attend_used(
         q,
         k,
@@ -209,6 +211,7 @@ def flash_attn_varlen_func(
         (seqused_q, seqused_k),
         mask=visible(causal, window_size, attention_chunk),
         **score_options(softmax_scale, softcap),
+        **scales,
     )
     out = out.to(dtype)
     return (out, lse) if return_attn_probs else out
