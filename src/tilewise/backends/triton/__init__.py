@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,7 +148,8 @@ def backward(
 
 def _resolved(inputs: Inputs) -> Inputs:
     """Kernels read memory, which does not say of a view that it promises to negate."""
-    return Inputs(*[x.resolve_neg() if isinstance(x, Tensor) else x for x in inputs])
+    fields: list[Any] = [x.resolve_neg() if isinstance(x, Tensor) else x for x in inputs]
+    return Inputs(*fields)
 
 
 @cache

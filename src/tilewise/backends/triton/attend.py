@@ -134,17 +134,11 @@ def product_of_columns(call, keys, rows, first, live, COUNT: tl.constexpr, STEP:
 
 
 @triton.jit
-def descaled(call, rows, RAW: tl.constexpr):
-    """``call`` with a scale per row that includes its descale, as ``scores_of`` takes it, or, where
-    it is the unit of scores that stay ``q . k``, without its sign."""
-    n = call.numbers
-    scale = n.scale * row_factor(call.terms.qk_descale, rows, call.group)
-    scale = positive_unit(scale) if RAW else scale[:, None]
-    numbers = Numbers(scale, n.softcap, n.relative_zero, n.relative_entries, n.threshold, n.keep)
-    return Call(
-        call.q, call.out, call.lse, call.terms, call.sinks, numbers, call.mask, call.order,
-        call.counts, call.group, call.q_len, call.kv_len,
-    )  # fmt: skip
+def row_scale(call, rows, RAW: tl.constexpr):
+    """The scale of each row with its descale, as ``scores_of`` takes it, or, where it is the unit
+    of scores that stay ``q . k``, without its sign."""
+    scale = call.numbers.scale * row_factor(call.terms.qk_descale, rows, call.group)
+    return positive_unit(scale) if RAW else scale[:, None]
 
 
 @triton.jit
@@ -261,7 +255,13 @@ def attend(
     q = load_queries(call.q, rows, HEAD_DIM, PADDED_DIM)
     scaled = call
     if call.terms.qk_descale is not None:
-        scaled = descaled(call, rows, RAW)
+        # No function does this: before Triton 3.7 one cannot return a tuple with a None in it.
+        n, scale = call.numbers, row_scale(call, rows, RAW)
+        n = Numbers(scale, n.softcap, n.relative_zero, n.relative_entries, n.threshold, n.keep)
+        scaled = Call(
+            call.q, call.out, call.lse, call.terms, call.sinks, n, call.mask, call.order,
+            call.counts, call.group, call.q_len, call.kv_len,
+        )  # fmt: skip
         if RAW:
             q = negated(q, row_factor(call.terms.qk_descale, rows, call.group) < 0)
     maximum = tl.full((BLOCK_Q,), -INF, tl.float32)
@@ -329,7 +329,12 @@ def attend_carefully(
     # The queries are read as they are: a descale may have a sign, so it multiplies the scores.
     PLAIN: tl.constexpr = RAW and call.terms.qk_descale is None
     if call.terms.qk_descale is not None:
-        call = descaled(call, rows, False)
+        n, scale = call.numbers, row_scale(call, rows, False)
+        n = Numbers(scale, n.softcap, n.relative_zero, n.relative_entries, n.threshold, n.keep)
+        call = Call(
+            call.q, call.out, call.lse, call.terms, call.sinks, n, call.mask, call.order,
+            call.counts, call.group, call.q_len, call.kv_len,
+        )  # fmt: skip
     maximum = tl.full((FEW,), -INF, tl.float32)
     total = tl.zeros((FEW,), tl.float32)
     out = tl.zeros((FEW, WIDTH), tl.float32)
