@@ -78,6 +78,19 @@ inline Vec tile_maximum(const float* tile, std::int64_t keys) {
   return larger(highest[0], highest[1]);
 }
 
+// S unit - m is one multiply-add, in which m carries its own rounding: an error that all weights of a row
+// share, so that it cancels, as long as 2^error is a number. Rows with a larger m are scaled first.
+constexpr float kLargestShift = 4194304.0f;  // 2^22: the error is at most 1/4
+
+// The unit that is left for each row, after those that need it have been scaled.
+inline Vec scale_large(float* tile, std::int64_t keys, Vec unit, Vec maximum) {
+  const auto large = (maximum > kLargestShift) | ((maximum < -kLargestShift) & (maximum != -kInfinity));
+  if (!is_any(large)) return unit;
+  const Vec factor = large ? unit : all(1.0f);
+  for (std::int64_t j = 0; j < keys; ++j) store(tile + j * kRows, load(tile + j * kRows) * factor);
+  return large ? all(1.0f) : unit;
+}
+
 // m, l and P = 2^(S unit - m); rescale[r] = 2^(m_old - m_new). True if any is not 1. P is left in `weights`,
 // or in the tile if that is null. l is summed as Kahan does: a running sum of the 128 tiles of 16,384 keys
 // would err by more than all else in a row.
@@ -85,9 +98,10 @@ template <class E>
 inline bool online_softmax_update(Strip& s, float* tile, std::int64_t keys, float unit_of_call, float* rescale,
                                   E* weights) {
   bool changed = false;
-  const Vec unit = all(unit_of_call);
   for (int v = 0; v < s.lanes; v += kLanes) {
-    const Vec before = load(s.maximum + v), maximum = larger(tile_maximum(tile + v, keys) * unit, before);
+    const Vec before = load(s.maximum + v);
+    const Vec maximum = larger(tile_maximum(tile + v, keys) * all(unit_of_call), before);
+    const Vec unit = scale_large(tile + v, keys, all(unit_of_call), maximum);
     // A row that has seen no key keeps m = -inf; -inf - (-inf) would be NaN.
     const Vec shift = maximum == -kInfinity ? all(0.0f) : maximum;
     const Vec shrink = exp2_vec(before - shift);

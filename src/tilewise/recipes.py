@@ -202,9 +202,9 @@ def _key(
             return None
         looks = tuple([None if x is None else (x.shape, x.dtype, x.device) for x in options])
     return (
-        *(q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device),
-        *(looks, scale, softcap, dropout_p, backend),
-    )
+        q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device,
+        looks, scale, softcap, dropout_p, backend,
+    )  # fmt: skip
 
 
 def _make(

@@ -28,7 +28,7 @@ def halved(case: Case) -> Case:
 CASES = {dtype: {name: halved(case) for name, case in grid(dtype)} for dtype in DTYPES}
 SINGLE = [name for name in CASES[torch.float32] if "+" not in name]
 PAIRS = {
-    name: CASES[DTYPES[i % 3]][name]
+    name: replace(CASES[DTYPES[i % 3]][name], batch=1)
     for i, name in enumerate(name for name in CASES[torch.float32] if "+" in name)
 }
 

@@ -22,7 +22,7 @@ GROUPS = ("plain", *(feature.name for feature in FEATURES))
 SINGLE = [name for name, _ in grid() if "+" not in name]
 CASES = {dtype: dict(grid(dtype)) for dtype in DTYPES}
 PAIRS = {
-    name: CASES[DTYPES[i % 3]][name]
+    name: replace(CASES[DTYPES[i % 3]][name], batch=1)
     for i, name in enumerate(name for name in CASES[torch.float32] if "+" in name)
 }
 

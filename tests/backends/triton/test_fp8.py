@@ -61,6 +61,7 @@ def test_each_option_alone(name, weights, tiles, compared):
     compared("triton float8, options alone", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SINGLE)
 def test_each_option_alone_with_packed_heads(name, tiles, compared):
     tiles(64, 32, 2)
