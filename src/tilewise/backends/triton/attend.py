@@ -106,16 +106,18 @@ def unknown(call, count):
 
 
 @triton.constexpr_function
-def columns_in_step(dtype, padded, raw, careful):
+def columns_in_step(dtype, rows, padded, raw, careful):
     """How many columns of q and k are multiplied at a time.
 
     Without matrix instructions a thread holds whole rows of both factors. Those of float32 at 128
-    columns leave no registers for anything but ``q . k``; in the careful pass the tiles are so
-    small that this is so in every dtype.
+    columns leave no registers for anything but ``q . k``, and those of a few rows, which every
+    thread then holds, not even for that; in the careful pass the tiles are so small that this is so
+    in every dtype.
     """
     if careful:
         return 16
-    return 32 if dtype.primitive_bitwidth == 32 and padded > 64 and not raw else padded
+    full = dtype.primitive_bitwidth == 32 and padded > 64 and (not raw or rows <= 16)
+    return 32 if full else padded
 
 
 @triton.jit
@@ -182,7 +184,8 @@ def step(call, q, keys, rows, runs, walk, start, maximum, total, out, column, FU
     # In a paged cache the guard also keeps page indices within the table.
     if (not FULL) or (keys.table is not None):
         live = (key >= walk.low) & (key < walk.high)
-    STEP: tl.constexpr = columns_in_step(call.q.at.dtype.element_ty, PADDED_DIM, RAW, CAREFUL)
+    ROWS: tl.constexpr = rows.query.shape[0]
+    STEP: tl.constexpr = columns_in_step(call.q.at.dtype.element_ty, ROWS, PADDED_DIM, RAW, CAREFUL)
     if STEP < PADDED_DIM or CAREFUL:
         tile = product_of_columns(call, keys, rows, start, live, COUNT, STEP, HEAD_DIM)
     else:

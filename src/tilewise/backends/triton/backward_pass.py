@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ...problem import Inputs, Problem
 from ...scores import sink_gradient
-from . import bias_gradients, dkdv, dq, fused_backward, launch, walk_queries
+from . import bias_gradients, careful, dkdv, dq, fused_backward, launch, walk_queries
 from .arguments import aligned, operand, pack, padded
+from .attend import FEW
 from .compiler import CompileCase
 from .plan import Tile, TritonPlan, fused_tile, matrix_of
 from .primitives import INF, LOG2E, Rows, load_queries, row_place
@@ -228,12 +229,18 @@ def _launches(sample: Sample) -> Iterator[tuple[str, Any, Launch, str]]:
     biased = problem.bias
     d_bias = rows.new_zeros(problem.batch, problem.q_heads, problem.kv_len, 2) if biased else None
     segments = yield from _segment_launches(sample, plan.dkdv, shared, "")
-    launched = dkdv.launch_arguments(
-        problem, inputs, plan, shared, inputs.k, inputs.v, d_bias, segments
-    )
     # A tile that is not wider than high is computed with the keys as rows.
     long = replace(plan.dkdv, block_q=max(plan.dkdv.block_q, plan.dkdv.block_kv))
-    yield "dkdv", dkdv.dkdv_kernel, launched, matrix_of(problem, long)
+    few = replace(plan.dkdv, block_q=FEW.value)
+    care = careful.empty_care(problem, inputs, shared, plan.dkdv)
+    for wanted in dkdv.turns(problem, inputs.k, inputs.v, d_bias):
+        names = zip(("dk", "dv"), wanted[:2], strict=True)
+        name = "".join(name for name, each in names if each is not None)
+        launched = dkdv.launch_arguments(problem, inputs, plan, shared, wanted, segments, care)
+        yield name, dkdv.dkdv_kernel, launched, matrix_of(problem, long)
+        if care is not None:
+            launched = careful.launch_arguments(problem, plan.dkdv, shared, wanted, None, care)
+            yield f"{name} careful", careful.careful_kernel, launched, matrix_of(problem, few)
     if (tile := fused_tile(problem, plan.architecture)) is not None:
         segments = yield from _segment_launches(sample, tile, shared, "fused ")
         fused = replace(plan, fused=tile)

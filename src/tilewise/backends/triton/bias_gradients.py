@@ -292,7 +292,8 @@ def d_bias_arguments(
         (batches, sharing, own_heads, *blocks),
         parts,
     )
-    return arguments, shared.options.features | tile.options(), d_bias, tiles * parts
+    named = shared.options.features | tile.options(plan.architecture)
+    return arguments, named, d_bias, tiles * parts
 
 
 def relative_gradient(
@@ -332,7 +333,7 @@ def d_relative_arguments(
         parts,
         blocks,
     )
-    return arguments, shared.options.features | tile.options(), tiles
+    return arguments, shared.options.features | tile.options(plan.architecture), tiles
 
 
 def sum_diagonals(tiles: Tensor, entries: int) -> Tensor:

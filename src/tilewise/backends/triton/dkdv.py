@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import Inputs, Problem
-from . import launch
-from .arguments import UNSPECIALISED, Arguments, operand
-from .attend import FEW, Keys
+from . import careful, launch
+from .arguments import UNSPECIALISED, Arguments
+from .attend import Keys
+from .careful import AT_KEYS, NOWHERE, Wanted
 from .plan import Tile, TritonPlan
 from .primitives import (
     BITMAP,
-    NONE,
     Mask,
     Numbers,
     Rows,
@@ -30,18 +30,14 @@ from .primitives import (
     by_key,
     kept,
     load_runs,
-    load_where,
     operand_of_head,
     row_place,
     store_queries,
-    store_tile,
     visible_entries,
 )
 from .score_gradients import (
     Given,
     Shared,
-    careful_gradients,
-    columns_at_once,
     gradients_in_steps,
     is_wide,
     load_pair,
@@ -97,6 +93,24 @@ def add_to_d_q(
 
 
 @triton.jit
+def keys_as_rows(tile, other, KEYS_FIRST: tl.constexpr):
+    """``tile``, or its transpose in the dtype of ``other``, which it is multiplied by."""
+    if KEYS_FIRST:
+        return tile
+    else:
+        return tl.trans(tile.to(other.dtype))
+
+
+@triton.jit
+def empty_sum(wanted, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
+    """The first value of a gradient's sum, without columns where ``wanted`` is None."""
+    if wanted is None:
+        return tl.zeros((COUNT,), tl.float32)
+    else:
+        return tl.zeros((COUNT, COLUMNS), tl.float32)
+
+
+@triton.jit
 def add_queries(
     call,
     sums,
@@ -116,7 +130,8 @@ def add_queries(
     BLOCK_Q: tl.constexpr,
 ):
     """Add what a block of queries gives to ``sums``: dK, dV, and the sum of dS over queries, which
-    is left alone where ``wanted`` is None; and to its rows of ``d_q``, unless that is None."""
+    is left alone where ``wanted`` is None; and to its rows of ``d_q``, unless that is None. A sum
+    without columns is of a gradient that is not wanted."""
     d_k, d_v, d_bias = sums
     # The longer side is the rows: what each thread holds per column is then little.
     KEYS_FIRST: tl.constexpr = k.shape[0] >= BLOCK_Q
@@ -142,12 +157,10 @@ def add_queries(
         weights, d_scores, d_products = score_gradients(
             call, queries, k, v, rows, key, visible, keep, RAW, KEYS_FIRST
         )
-    if KEYS_FIRST:
-        d_v = accumulate(d_v, weights, queries.d_out)
-        d_k = accumulate(d_k, d_products, queries.q)
-    else:
-        d_v = accumulate(d_v, tl.trans(weights.to(queries.d_out.dtype)), queries.d_out)
-        d_k = accumulate(d_k, tl.trans(d_products.to(queries.q.dtype)), queries.q)
+    if len(d_v.shape) == 2:
+        d_v = accumulate(d_v, keys_as_rows(weights, queries.d_out, KEYS_FIRST), queries.d_out)
+    if len(d_k.shape) == 2:
+        d_k = accumulate(d_k, keys_as_rows(d_products, queries.q, KEYS_FIRST), queries.q)
     if d_q is not None:
         add_to_d_q(call, d_q, d_products, k, batch, head, key, block * BLOCK_Q, FULL, KEYS_FIRST)
     if wanted is not None:
@@ -208,60 +221,6 @@ def visit_queries(
     return d_k, d_v
 
 
-@triton.jit
-def visit_carefully(
-    call,
-    to,
-    d_bias,
-    batch,
-    kv_head,
-    first,
-    VALUES: tl.constexpr,
-    FORM: tl.constexpr,
-    RAW: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    PADDED_V: tl.constexpr,
-):
-    """Store in ``to`` dV (or dK) of ``FEW`` keys from ``first``, so that the inf or NaN of a query
-    reaches only the keys that it sees; and the sums for ``d_bias``. A few columns at a time, with
-    all else computed again for each of them."""
-    key = first + tl.arange(0, FEW)
-    live = key < call.kv_len
-    at_k = operand_of_head(call.k, batch, kv_head)
-    keys = Keys(at_k, operand_of_head(call.v, batch, kv_head), None, 0, 0)
-    source = call.d_out if VALUES else call.q
-    factor = call.numbers.keep if VALUES else call.numbers.scale
-    DIM: tl.constexpr = V_DIM if VALUES else HEAD_DIM
-    PADDED: tl.constexpr = PADDED_V if VALUES else PADDED_DIM
-    STEP: tl.constexpr = columns_at_once(source.at.dtype.element_ty, PADDED)
-    for left in tl.range(0, PADDED, STEP, num_stages=1):
-        column = left + tl.arange(0, STEP)
-        total = tl.zeros((FEW, STEP), tl.float32)
-        for member in range(call.group):
-            head = kv_head * call.group + member
-            row_sum = tl.zeros((FEW,), tl.float32)
-            for start in tl.range(0, call.q_len, FEW, num_stages=1):
-                rows = rows_of_block(call, batch, head, start + tl.arange(0, FEW))
-                runs = load_runs(call.mask, rows, FORM)
-                weights, d_scores, d_products, visible = careful_gradients(
-                    call, keys, rows, runs, first,
-                    FORM, RAW, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V, True,
-                )  # fmt: skip
-                place = row_place(source, batch, head, rows.query)[:, None]
-                place = place + column[None, :] * source.stride[3]
-                x = load_where(place, rows.live, column, DIM, PADDED)
-                total = accumulate(total, weights if VALUES else d_products, x, visible, True)
-                row_sum += tl.sum(d_scores, 1)
-            if d_bias is not None:
-                place = row_place(d_bias, batch, head, key)
-                tl.store(place, row_sum, mask=live)
-                tl.store(place + d_bias.stride[3], tl.zeros_like(row_sum), mask=live)
-        place = row_place(to, batch, kv_head, key)[:, None] + column[None, :] * to.stride[3]
-        store_tile(place, total * factor, live, column, DIM)
-
-
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "blocks"])
 def dkdv_kernel(
     q,
@@ -291,6 +250,7 @@ def dkdv_kernel(
     order,
     counts,
     segments,
+    care,
     blocks,
     FORM: tl.constexpr,
     RAW: tl.constexpr,
@@ -301,11 +261,10 @@ def dkdv_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """dK and dV of one block of keys.
+    """dK and dV of one block of keys; one that is None is not computed.
 
     Partial tiles come first. If an inf or NaN turns up in their sums, it may have come from a query
-    that a key is not seen by, and the keys are done again with care, a few at a time. So the loops
-    that every call runs pay nothing for it.
+    that a key is not seen by: ``care`` then leaves the block to ``careful_kernel``.
     """
     numbers = Numbers(scale, softcap, relative_zero, relative_entries, threshold, keep)
     mask = Mask(first, second, low, high)
@@ -318,32 +277,26 @@ def dkdv_kernel(
     live = key < kv_len
     keys = Keys(operand_of_head(k, batch, kv_head), operand_of_head(v, batch, kv_head), None, 0, 0)
     k_tile, v_tile = load_pair(keys, start, live, BLOCK_KV, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V)
-    sum_k = tl.zeros((BLOCK_KV, PADDED_DIM), tl.float32)
-    sum_v = tl.zeros((BLOCK_KV, PADDED_V), tl.float32)
-    if FORM != NONE:
+    sum_k = empty_sum(d_k, BLOCK_KV, PADDED_DIM)
+    sum_v = empty_sum(d_v, BLOCK_KV, PADDED_V)
+    if care is not None:
         sum_k, sum_v = visit_queries(
             call, sum_k, sum_v, d_bias, None, order, counts, segments, k_tile, v_tile, batch,
             kv_head, block, False, FORM, RAW, HEAD_DIM, V_DIM, BLOCK_Q,
         )  # fmt: skip
-    # Without a mask nothing is hidden: what is not a number belongs there.
-    if (FORM == NONE) or (all_finite(sum_k) & all_finite(sum_v)):
-        sum_k, sum_v = visit_queries(
-            call, sum_k, sum_v, d_bias, None, order, counts, segments, k_tile, v_tile, batch,
-            kv_head, block, True, FORM, RAW, HEAD_DIM, V_DIM, BLOCK_Q,
-        )  # fmt: skip
-        rows = Rows(batch, kv_head, key, live, None, None)
+        finite = all_finite(sum_k) & all_finite(sum_v)
+        tl.store(care + tl.program_id(0), tl.where(finite, NOWHERE, AT_KEYS))
+        if finite == 0:
+            return
+    sum_k, sum_v = visit_queries(
+        call, sum_k, sum_v, d_bias, None, order, counts, segments, k_tile, v_tile, batch,
+        kv_head, block, True, FORM, RAW, HEAD_DIM, V_DIM, BLOCK_Q,
+    )  # fmt: skip
+    rows = Rows(batch, kv_head, key, live, None, None)
+    if d_k is not None:
         store_queries(d_k, rows, sum_k * scale, HEAD_DIM)
+    if d_v is not None:
         store_queries(d_v, rows, sum_v * keep, V_DIM)
-    else:
-        for some in tl.range(0, BLOCK_KV // FEW, num_stages=1):
-            visit_carefully(
-                call, d_v, d_bias, batch, kv_head, start + some * FEW,
-                True, FORM, RAW, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V,
-            )  # fmt: skip
-            visit_carefully(
-                call, d_k, None, batch, kv_head, start + some * FEW,
-                False, FORM, RAW, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V,
-            )  # fmt: skip
 
 
 def run(
@@ -358,9 +311,21 @@ def run(
     """Write dK and dV, and into ``d_bias [batch, q_heads, kv_len, 2]``, if given, the sums of dS
     over queries, those of partial and of full tiles apart."""
     segments = find_segments(problem, inputs, plan.dkdv, plan.architecture, shared.options)
-    arguments, named = launch_arguments(problem, inputs, plan, shared, d_k, d_v, d_bias, segments)
-    grid = (arguments[-1] * problem.batch * problem.kv_heads,)
-    launch.run(dkdv_kernel, grid, plan.architecture, arguments, named)
+    care = careful.empty_care(problem, inputs, shared, plan.dkdv)
+    for wanted in turns(problem, d_k, d_v, d_bias):
+        arguments, named = launch_arguments(problem, inputs, plan, shared, wanted, segments, care)
+        grid = (arguments[-1] * problem.batch * problem.kv_heads,)
+        launch.run(dkdv_kernel, grid, plan.architecture, arguments, named)
+        if care is not None:
+            careful.run(problem, plan.dkdv, plan.architecture, shared, wanted, None, care)
+
+
+def turns(problem: Problem, d_k: Tensor, d_v: Tensor, d_bias: Tensor | None) -> list[Wanted]:
+    """What each launch of the kernel writes. The sums of dK and dV, whole rows of float32, would
+    fill the registers together where the dimensions are large: there each has a launch."""
+    if max(problem.head_dim, problem.v_dim) <= 256:
+        return [(d_k, d_v, d_bias)]
+    return [(None, d_v, d_bias), (d_k, None, None)]
 
 
 def find_segments(
@@ -383,20 +348,18 @@ def launch_arguments(
     inputs: Inputs,
     plan: TritonPlan,
     shared: Shared,
-    d_k: Tensor,
-    d_v: Tensor,
-    d_bias: Tensor | None,
+    wanted: Wanted,
     segments: Tensor | None,
+    care: Tensor | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What ``dkdv_kernel`` is launched with."""
     tile, options = plan.dkdv, shared.options
     arguments = (
         *shared.arguments,
-        operand(d_k),
-        operand(d_v),
-        None if d_bias is None else operand(d_bias),
+        *careful.operands(wanted),
         *query_order(problem, inputs, tile.block_q, tile.block_kv),
         None if segments is None else wide(problem, segments),
+        care,
         triton.cdiv(problem.kv_len, tile.block_kv),
     )
-    return arguments, options.features | tile.options()
+    return arguments, options.features | tile.options(plan.architecture)

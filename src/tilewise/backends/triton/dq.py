@@ -286,4 +286,4 @@ def launch_arguments(
         plan.section,
         triton.cdiv(problem.q_len, tile.block_q),
     )
-    return arguments, shared.options.features | tile.options()
+    return arguments, shared.options.features | tile.options(plan.architecture)

@@ -21,84 +21,31 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...problem import Inputs, Problem
-from . import dkdv, launch
+from . import careful, dkdv, launch
 from .arguments import UNSPECIALISED, operand, padded
-from .attend import FEW, Keys
-from .dkdv import visit_carefully, visit_queries
+from .attend import Keys
+from .careful import AT_KEYS, EVERYWHERE, NOWHERE, Wanted
+from .dkdv import visit_queries
 from .plan import Tile, TritonPlan, matrix_of
 from .primitives import (
-    NONE,
     Mask,
     Numbers,
     Rows,
-    accumulate,
     all_finite,
     load_queries,
-    load_runs,
-    load_where,
     operand_of_head,
-    row_place,
     store_queries,
 )
 from .score_gradients import (
     Given,
     Shared,
-    careful_gradients,
-    columns_at_once,
     load_pair,
-    rows_of_block,
 )
 
 ROUNDED_ROWS = 32
 """Rows of a program of ``round_kernel``."""
-CAREFUL_WARPS = 8
 Launch = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments in order, and compile-time ones with the options, as ``launch.run`` takes them."""
-NOWHERE: tl.constexpr = tl.constexpr(0)
-AT_KEYS: tl.constexpr = tl.constexpr(1)
-EVERYWHERE: tl.constexpr = tl.constexpr(2)
-"""Which sums of a block of keys have to be done again with care: none, those of dK and dV, or what
-it adds to dQ as well."""
-
-
-@triton.jit
-def add_carefully(
-    call,
-    to,
-    batch,
-    kv_head,
-    first,
-    FORM: tl.constexpr,
-    RAW: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    PADDED_V: tl.constexpr,
-):
-    """Add to dQ, the operand ``to``, what ``FEW`` keys from ``first`` give, so that their inf or
-    NaN reaches only the queries that see them; all else is computed again for every few columns."""
-    k = operand_of_head(call.k, batch, kv_head)
-    keys = Keys(k, operand_of_head(call.v, batch, kv_head), None, 0, 0)
-    key = first + tl.arange(0, FEW)
-    STEP: tl.constexpr = columns_at_once(call.q.at.dtype.element_ty, PADDED_DIM)
-    for left in tl.range(0, PADDED_DIM, STEP, num_stages=1):
-        column = left + tl.arange(0, STEP)
-        place = (k.at + key.to(tl.int64) * k.stride[0])[:, None] + column[None, :] * k.stride[1]
-        x = load_where(place, key < call.kv_len, column, HEAD_DIM, PADDED_DIM)
-        for member in range(call.group):
-            head = kv_head * call.group + member
-            for start in tl.range(0, call.q_len, FEW, num_stages=1):
-                rows = rows_of_block(call, batch, head, start + tl.arange(0, FEW))
-                runs = load_runs(call.mask, rows, FORM)
-                _, _, d_products, visible = careful_gradients(
-                    call, keys, rows, runs, first,
-                    FORM, RAW, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V, False,
-                )  # fmt: skip
-                tile = tl.zeros((FEW, STEP), tl.float32)
-                tile = accumulate(tile, d_products, x, visible, True)
-                at = row_place(to, batch, head, rows.query)[:, None]
-                at = at + column[None, :] * to.stride[3]
-                tl.atomic_add(at, tile, mask=rows.live[:, None], sem="relaxed")
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "blocks"])
@@ -130,9 +77,9 @@ def fused_kernel(
     order,
     counts,
     segments,
+    care,
     blocks,
     d_q,
-    care,
     FORM: tl.constexpr,
     RAW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -181,71 +128,6 @@ def fused_kernel(
     rows = Rows(batch, kv_head, key, live, None, None)
     store_queries(d_k, rows, sum_k * scale, HEAD_DIM)
     store_queries(d_v, rows, sum_v * keep, V_DIM)
-
-
-@triton.jit(do_not_specialize=[*UNSPECIALISED, "blocks"])
-def careful_kernel(
-    q,
-    k,
-    v,
-    d_out,
-    lse,
-    delta,
-    terms,
-    first,
-    second,
-    scale,
-    softcap,
-    keep,
-    threshold,
-    relative_zero,
-    relative_entries,
-    low,
-    high,
-    heads,
-    group,
-    q_len,
-    kv_len,
-    d_k,
-    d_v,
-    d_bias,
-    sums,
-    care,
-    blocks,
-    FORM: tl.constexpr,
-    RAW: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    PADDED_V: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
-    """Do ``FEW`` keys with care, where ``fused_kernel`` says so: dK, dV and ``d_bias``, and if the
-    keys are to blame what they add to dQ, the operand ``sums``. Nearly always a program ends at
-    once. A kernel of its own, since its registers would be taken from the loops."""
-    some, block = tl.program_id(0) % (BLOCK_KV // FEW), tl.program_id(0) // (BLOCK_KV // FEW)
-    cause = tl.load(care + block)
-    if cause == NOWHERE:
-        return
-    numbers = Numbers(scale, softcap, relative_zero, relative_entries, threshold, keep)
-    mask = Mask(first, second, low, high)
-    call = Given(q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len)
-    place = block // blocks
-    batch, kv_head = place // (heads // group), place % (heads // group)
-    start = block % blocks * BLOCK_KV + some * FEW
-    if cause == EVERYWHERE:
-        add_carefully(
-            call, sums, batch, kv_head, start,
-            FORM, RAW, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V,
-        )  # fmt: skip
-    visit_carefully(
-        call, d_v, d_bias, batch, kv_head, start,
-        True, FORM, RAW, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V,
-    )  # fmt: skip
-    visit_carefully(
-        call, d_k, None, batch, kv_head, start,
-        False, FORM, RAW, HEAD_DIM, V_DIM, PADDED_DIM, PADDED_V,
-    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["blocks", "heads", "q_len", "scale"])
@@ -298,16 +180,12 @@ def run(
     segments = dkdv.find_segments(problem, inputs, tile, plan.architecture, options)
     sums = empty_sums(problem, inputs, tile).zero_()
     blocks = triton.cdiv(problem.kv_len, tile.block_kv) * problem.batch * problem.kv_heads
-    care = None
-    if options.features["FORM"] != NONE.value:
-        care = sums.new_empty(blocks, dtype=torch.int32)
+    care = careful.empty_care(problem, inputs, shared, tile)
     wanted = (d_k, d_v, d_bias)
-    launched = fused_arguments(problem, inputs, plan, shared, *wanted, segments, sums, care)
+    launched = fused_arguments(problem, inputs, plan, shared, wanted, segments, sums, care)
     launch.run(fused_kernel, (blocks,), plan.architecture, *launched)
     if care is not None:
-        launched = careful_arguments(problem, tile, shared, *wanted, sums, care)
-        grid = (blocks * (tile.block_kv // FEW.value),)
-        launch.run(careful_kernel, grid, plan.architecture, *launched)
+        careful.run(problem, tile, plan.architecture, shared, wanted, sums, care)
     d_q = torch.empty_like(inputs.q)
     launched = round_arguments(problem, sums, d_q)
     grid = (triton.cdiv(problem.q_len, ROUNDED_ROWS) * problem.batch * problem.q_heads,)
@@ -327,9 +205,7 @@ def fused_arguments(
     inputs: Inputs,
     plan: TritonPlan,
     shared: Shared,
-    d_k: Tensor,
-    d_v: Tensor,
-    d_bias: Tensor | None,
+    wanted: Wanted,
     segments: Tensor | None,
     sums: Tensor,
     care: Tensor | None,
@@ -337,36 +213,10 @@ def fused_arguments(
     """What ``fused_kernel`` is launched with."""
     assert plan.fused is not None
     cut = replace(plan, dkdv=plan.fused)
-    arguments, named = dkdv.launch_arguments(
-        problem, inputs, cut, shared, d_k, d_v, d_bias, segments
-    )
+    arguments, named = dkdv.launch_arguments(problem, inputs, cut, shared, wanted, segments, care)
     rows = sums.flatten(0, 2)
     d_q = TensorDescriptor.from_tensor(rows, [plan.fused.block_q, rows.shape[1]])
-    return (*arguments, d_q, care), named | plan.fused.options(plan.architecture)
-
-
-def careful_arguments(
-    problem: Problem,
-    tile: Tile,
-    shared: Shared,
-    d_k: Tensor,
-    d_v: Tensor,
-    d_bias: Tensor | None,
-    sums: Tensor,
-    care: Tensor,
-) -> Launch:
-    """What ``careful_kernel`` is launched with."""
-    arguments = (
-        *shared.arguments,
-        operand(d_k),
-        operand(d_v),
-        None if d_bias is None else operand(d_bias),
-        operand(sums),
-        care,
-        triton.cdiv(problem.kv_len, tile.block_kv),
-    )
-    named = {"BLOCK_KV": tile.block_kv, "num_warps": CAREFUL_WARPS, "num_stages": 1}
-    return arguments, shared.options.features | named
+    return (*arguments, d_q), named | plan.fused.options(plan.architecture)
 
 
 def round_arguments(problem: Problem, sums: Tensor, d_q: Tensor) -> Launch:
@@ -389,14 +239,12 @@ def launches(
     ``dkdv.find_segments``."""
     assert plan.fused is not None
     tile, sums = plan.fused, empty_sums(problem, inputs, plan.fused)
-    care = None
-    if shared.options.features["FORM"] != NONE.value:
-        care = sums.new_empty(1, dtype=torch.int32)
+    care = careful.empty_care(problem, inputs, shared, tile)
     wanted = (inputs.k, inputs.v, d_bias)
-    launched = fused_arguments(problem, inputs, plan, shared, *wanted, segments, sums, care)
+    launched = fused_arguments(problem, inputs, plan, shared, wanted, segments, sums, care)
     long = replace(tile, block_q=max(tile.block_q, tile.block_kv))
     yield "fused", fused_kernel, launched, matrix_of(problem, long)
     if care is not None:
-        launched = careful_arguments(problem, tile, shared, *wanted, sums, care)
-        yield "careful", careful_kernel, launched, "any"
+        launched = careful.launch_arguments(problem, tile, shared, wanted, sums, care)
+        yield "fused careful", careful.careful_kernel, launched, "any"
     yield "round", round_kernel, round_arguments(problem, sums, inputs.q), "none"

@@ -34,7 +34,9 @@ class Tile:
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
-        return options | {"maxnreg": 255} if architecture.startswith("sm_") else options
+        if not architecture.startswith("sm_"):
+            return options
+        return options | {"maxnreg": min(255, 65_536 // (32 * self.warps))}
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ FORWARD: Table = {
         (2, 64): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
         (2, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         (4, 64): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
-        (4, 128): (Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
+        (4, 128): (Tile(64, 16, 8, 1), Tile(32, 32, 8, 2)),
     },
     "ampere": {
         (1, 64): (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
@@ -137,7 +139,7 @@ FORWARD: Table = {
 
 DKDV: Table = {
     "turing": {
-        (2, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (2, 64): (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
         (2, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
@@ -146,7 +148,7 @@ DKDV: Table = {
         (2, 64): (Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)),
         (2, 128): (Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
         (2, 256): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
-        (2, 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (2, 512): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
         (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     },
@@ -154,7 +156,7 @@ DKDV: Table = {
         (2, 64): (Tile(64, 128, 8, 2), Tile(64, 32, 8, 1)),
         (2, 128): (Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
         (2, 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-        (2, 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (2, 512): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
         (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     },
@@ -162,7 +164,7 @@ DKDV: Table = {
         (2, 64): (Tile(64, 64, 8, 1), Tile(64, 32, 8, 1)),
         (2, 128): (Tile(32, 64, 8, 1), Tile(64, 32, 8, 1)),
         (2, 256): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-        (2, 512): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (2, 512): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
         (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     },
@@ -170,7 +172,7 @@ DKDV: Table = {
         (2, 64): (Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
         (2, 128): (Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
         (2, 256): (Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
-        (2, 512): (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+        (2, 512): (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
         (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     },
@@ -181,32 +183,32 @@ DQ: Table = {
     "turing": {
         (2, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         (2, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-        (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-        (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 64): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (4, 128): (Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
     },
     "ampere": {
         (2, 64): (Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
         (2, 128): (Tile(64, 64, 8, 2), Tile(32, 32, 8, 1)),
         (2, 256): (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
         (2, 512): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-        (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-        (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 64): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (4, 128): (Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
     },
     "hopper": {
         (2, 64): (Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
         (2, 128): (Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
         (2, 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
         (2, 512): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
-        (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-        (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 64): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (4, 128): (Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
     },
     "blackwell": {
         (2, 64): (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
         (2, 128): (Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
         (2, 256): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-        (2, 512): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
-        (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-        (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (2, 512): (Tile(64, 32, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 64): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (4, 128): (Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
     },
     "cdna": {
         (2, 64): (Tile(128, 64, 4, 1), Tile(64, 32, 4, 1)),
@@ -219,9 +221,14 @@ DQ: Table = {
     "interpreter": FORWARD["interpreter"],
 }
 
-PAIRS = {"hopper": Tile(64, 32, 8, 1), "blackwell": Tile(64, 32, 8, 1)}
-"""Tiles of the bias gradients by family, where they are not ``Tile(32, 32, 4, 1)``. Their registers
-do not grow with the dimensions."""
+PAIRS = {
+    "turing": Tile(16, 16, 8, 1),
+    "hopper": Tile(64, 32, 8, 1),
+    "blackwell": Tile(64, 32, 8, 1),
+    "interpreter": Tile(32, 32, 4, 1),
+}
+"""Tiles of the bias gradients by family, where they are not ``Tile(32, 32, 8, 1)``, which float32
+takes everywhere. Their registers do not grow with the dimensions."""
 
 FUSED: Table = {
     "hopper": {
@@ -292,7 +299,7 @@ def plan_for(
         forward,
         chosen("dkdv", look_up(DKDV, problem, architecture.name, ("bitmap",))),
         chosen("dq", look_up(DQ, problem, architecture.name, ("bitmap",))),
-        PAIRS.get(FAMILIES[architecture.name], Tile(32, 32, 4, 1)),
+        pairs_tile(problem, architecture.name),
         decode,
         parts,
         section_for(problem, architecture),
@@ -317,6 +324,13 @@ def fused_tile(problem: Problem, name: str) -> Tile | None:
     if wide > max(dims, default=0) or (problem.mask == "bitmap" and wide > BUCKETS[0]):
         return None
     return look_up(FUSED, problem, name, ("bitmap",))
+
+
+def pairs_tile(problem: Problem, name: str) -> Tile:
+    """The tile of the bias gradients."""
+    others = Tile(32, 32, 8, 1)
+    found = PAIRS.get(FAMILIES[name], others)
+    return others if problem.dtype.itemsize == 4 and found.block_q > 32 else found
 
 
 def asks_for_fused(asked: str | None, name: str) -> bool:
@@ -366,8 +380,9 @@ def richness(problem: Problem) -> int:
 def decode_tile(problem: Problem, forward: Tile) -> Tile:
     """The tile of packed heads. It has few keys: the addresses of pages take registers too."""
     rich = richness(problem) == RICH
-    stages = 1 if rich else forward.stages
-    tile = replace(forward, block_kv=min(forward.block_kv, BITMAP_TILE), stages=stages)
+    tile = replace(forward, block_kv=min(forward.block_kv, BITMAP_TILE))
+    if rich:
+        tile = replace(tile, block_q=min(forward.block_q, 32), stages=1)
     if problem.dtype.itemsize == 4:
         small = max(problem.head_dim, problem.v_dim) <= 64
         tile = Tile(32 if small else 16, 32 if small and not rich else 16, 8, 1)
