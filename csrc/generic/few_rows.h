@@ -5,7 +5,7 @@
 namespace {
 
 constexpr std::int64_t kFewRows = 8;   // rows of a kv head, q_heads / kv_heads * q_len
-constexpr std::int64_t kBlockKeys = 32;  // keys read at once: 8 KB at head_dim 128 in bfloat16
+constexpr std::int64_t kBlockKeys = 32;  // keys whose values are added to O at once
 
 struct Half {
   std::uint16_t word;
@@ -41,18 +41,9 @@ inline RowPointers<N> row_pointers(const tilewise_call& c, const tilewise_tensor
   return rows;
 }
 
-// Reads the rows [j, j1) once, in the order of memory: that is a stream to the processor, which then runs ahead
-// of it; the products' several rows side by side are not, and what they ask for would come one by one.
-template <class N>
-inline void touch(const RowPointers<N>& rows, std::int64_t j, std::int64_t j1, std::int64_t dim) {
-  for (; j < j1; ++j)
-    for (std::int64_t d = 0; d < dim; d += 64 / static_cast<std::int64_t>(sizeof(N)))
-      static_cast<void>(*reinterpret_cast<const volatile char*>(rows.at[j] + d));
-}
-
 // Lane i of the result is the sum over the lanes of x[i].
 template <int Count = kLanes>
-inline Vec add_lanes(const Vec* x) {
+__attribute__((always_inline)) inline Vec add_lanes(const Vec* x) {
   if constexpr (Count == 1) {
     return x[0];
   } else {
@@ -82,18 +73,16 @@ inline void score_rows(const RowPointers<N>& k, std::int64_t keys, const E* quer
   constexpr int kGroup = kLanes / Rows;  // keys whose sums fill a vector
   for (std::int64_t j = 0; j < keys; j += kGroup) {
     Vec sum[kLanes];
-    const N* row[kGroup];
-    if (j % kBlockKeys == 0) touch(k, j, j + kBlockKeys < keys ? j + kBlockKeys : keys, dim);
-#pragma GCC unroll 16
-    for (int g = 0; g < kGroup; ++g) row[g] = k.at[j + g < keys ? j + g : keys - 1];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) sum[i] = Vec{};
-    for (std::int64_t d = 0; d < dim; d += kLanes * kWidth<E>)
 #pragma GCC unroll 16
-      for (int g = 0; g < kGroup; ++g)
+    for (int g = 0; g < kGroup; ++g) {  // key by key, as they lie
+      const N* row = k.at[j + g < keys ? j + g : keys - 1];
+      for (std::int64_t d = 0; d < dim; d += kLanes * kWidth<E>)
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r)
-          sum[g * Rows + r] = multiply_numbers(queries + r * words + d / kWidth<E>, row[g] + d, sum[g * Rows + r]);
+          sum[g * Rows + r] = multiply_numbers(queries + r * words + d / kWidth<E>, row + d, sum[g * Rows + r]);
+    }
     const Vec total = add_lanes(sum) * factor;
     alignas(64) float by_key[kLanes];
     store(by_key, total);
@@ -102,57 +91,74 @@ inline void score_rows(const RowPointers<N>& k, std::int64_t keys, const E* quer
   }
 }
 
-// kLanes columns of two rows of bfloat16 numbers, as pairs.
-template <class N>
-inline IntVec load_pairs(const N* even, const N* odd) {
-  return bits(load_numbers(odd)) | ((bits(load_numbers(even)) >> 16) & 0xffff);
-}
-
-// The values of an element are one key's, or those of two keys.
-template <class E, class N>
-inline Vec accumulate_numbers(const E* weight, const N* even, const N* odd, Vec sum) {
-  if constexpr (kWidth<E> == 2) {
-    return dot(all_int(static_cast<std::int32_t>(weight->word)), load_pairs(even, odd), sum);
+// Vectors columns of a row of values; or, as pairs, of two rows.
+template <int Vectors, class E, class N>
+inline void load_columns(const N* row, const N* second, IntVec columns[Vectors]) {
+  if constexpr (kWidth<E> == 1) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Vectors; ++i) columns[i] = bits(load_numbers(row + i * kLanes));
+  } else if constexpr (Vectors == 1) {
+    columns[0] = bits(load_numbers(second)) | ((bits(load_numbers(row)) >> 16) & 0xffff);
   } else {
-    return *weight * load_numbers(even) + sum;
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; i += 2) interleave_words(row + i * kLanes, second + i * kLanes, columns + i);
   }
 }
 
-// O += P V for Rows query rows; weights[p][r] holds the element p of row r.
+template <class E, class Words>
+inline Vec multiply_columns(const E* weight, Words columns, Vec sum) {
+  if constexpr (kWidth<E> == 2) {
+    return dot(all_int(static_cast<std::int32_t>(weight->word)), columns, sum);
+  } else {
+    return *weight * from_bits(columns) + sum;
+  }
+}
+
+// O += P V for Rows query rows and Vectors columns, over some keys; weights[p][r] holds the element p of row r.
+template <int Rows, int Vectors, class E, class N>
+inline void value_columns(const RowPointers<N>& v, Span keys, const E* weights, std::int64_t d, float* out,
+                          std::int64_t out_row) {
+  Vec sum[Rows][Vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < Vectors; ++i) sum[r][i] = Vec{};
+  for (std::int64_t j = keys.start; j < keys.stop; j += kWidth<E>) {
+    IntVec values[Vectors];
+    load_columns<Vectors, E>(v.at[j] + d, v.at[j + kWidth<E> - 1] + d, values);
+#pragma GCC unroll 8
+    for (int i = 0; i < Vectors; ++i)
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r)
+        sum[r][i] = multiply_columns(weights + j / kWidth<E> * kRows + r, values[i], sum[r][i]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < Vectors; ++i) {
+      float* at = out + r * out_row + d + i * kLanes;
+      store(at, load(at) + sum[r][i]);
+    }
+}
+
+// The same for all columns. Few query rows at a time, so that there are registers for many columns, and the values
+// of a key are read at a stretch: that is a stream to the processor, which then runs ahead of it.
 template <int Rows, class E, class N>
 inline void value_rows(const RowPointers<N>& v, std::int64_t keys, const E* weights, std::int64_t dim, float* out,
                        std::int64_t out_row) {
-  constexpr int kVectors = Rows >= 8 ? 1 : 2;
+  constexpr int kTogether = Rows < 2 ? Rows : 2, kMost = kAccumulators >= 16 ? 8 : 4;
   for (std::int64_t j0 = 0; j0 < keys; j0 += kBlockKeys) {
-    const std::int64_t j1 = j0 + kBlockKeys < keys ? j0 + kBlockKeys : keys;
-    touch(v, j0, j1, dim);
+    const Span block{j0, j0 + kBlockKeys < keys ? j0 + kBlockKeys : keys};
     for (std::int64_t d = 0; d < dim;) {
-      const bool wide = d + kVectors * kLanes <= dim;
       const auto columns = [&](auto vectors) {
-        constexpr int count = decltype(vectors)::value;
-        Vec sum[Rows][count];
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 2
-          for (int i = 0; i < count; ++i) sum[r][i] = Vec{};
-        for (std::int64_t j = j0; j < j1; j += kWidth<E>)
-#pragma GCC unroll 2
-          for (int i = 0; i < count; ++i)
-#pragma GCC unroll 8
-            for (int r = 0; r < Rows; ++r)
-              sum[r][i] = accumulate_numbers(weights + j / kWidth<E> * kRows + r, v.at[j] + d + i * kLanes,
-                                             v.at[j + kWidth<E> - 1] + d + i * kLanes, sum[r][i]);
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 2
-          for (int i = 0; i < count; ++i) {
-            float* at = out + r * out_row + d + i * kLanes;
-            store(at, load(at) + sum[r][i]);
-          }
-        d += count * kLanes;
+        for (int r = 0; r < Rows; r += kTogether)
+          value_columns<kTogether, decltype(vectors)::value>(v, block, weights + r, d, out + r * out_row, out_row);
+        d += decltype(vectors)::value * kLanes;
       };
-      if (wide) {
-        columns(std::integral_constant<int, kVectors>{});
+      if (d + kMost * kLanes <= dim) {
+        columns(std::integral_constant<int, kMost>{});
+      } else if (d + 2 * kLanes <= dim) {
+        columns(std::integral_constant<int, 2>{});
       } else {
         columns(std::integral_constant<int, 1>{});
       }
