@@ -316,11 +316,15 @@ def test_zeros_and_subnormal_numbers_among_others(amx):
 
 def test_subnormal_numbers_count_as_zeros_in_a_tile(amx):
     """As the instruction treats them: the emulation would otherwise prove too much."""
-    q = torch.zeros(1, 1, 16, 32, dtype=torch.bfloat16)
-    v = torch.full((1, 1, 32, 32), 2.0**-127, dtype=torch.bfloat16)
-    out = tilewise.attention(q, v, v, backend="native")
+    q = torch.full((1, 1, 16, 32), 2.0**-127, dtype=torch.bfloat16)
+    k = torch.full((1, 1, 32, 32), 2.0**127, dtype=torch.bfloat16)
+    k[:, :, 16:] = 0.0
+    _, lse = tilewise.attention(q, k, k, return_lse=True, backend="native")
     assert amx.tilewise_emulated_products() > 0
-    assert not out.any()
+    torch.testing.assert_close(lse, torch.full_like(lse, math.log(32)))
+    exact = tilewise.attention(q.float(), k.float(), k.float(), return_lse=True, backend="native")
+    assert (exact[1] > lse + 1).all()
+    assert amx.tilewise_emulated_products() == 0
 
 
 @each_split_dtype
