@@ -27,7 +27,7 @@ const tilewise_kernels* const kAll[] = {
 #endif
     &tilewise_baseline,
 #if defined(__x86_64__)
-    &tilewise_amx,
+    &tilewise_amx, &tilewise_amx_fma,
 #endif
 };
 
@@ -35,10 +35,11 @@ bool detect(const tilewise_kernels& kernels) {
   const char* f = tilewise_cpu_features();
   const bool avx512 = has(f, "avx512f") && has(f, "avx512dq") && has(f, "avx512bw") && has(f, "avx512vl") &&
                       has(f, "fma") && has(f, "f16c");
+  const bool is_amx = std::strcmp(kernels.isa, "amx") == 0 || std::strcmp(kernels.isa, "amx_fma") == 0;
 #if defined(TILEWISE_EMULATE_AMX)
-  if (std::strcmp(kernels.isa, "amx") == 0) return avx512 && has(f, "avx512_bf16");
+  if (is_amx) return avx512 && has(f, "avx512_bf16");
 #endif
-  if (std::strcmp(kernels.isa, "amx") == 0)
+  if (is_amx)
     return avx512 && has(f, "avx512_bf16") && has(f, "amx_tile") && has(f, "amx_bf16");
   if (std::strcmp(kernels.isa, "avx512_bf16") == 0) return avx512 && has(f, "avx512_bf16");
   if (std::strcmp(kernels.isa, "avx512") == 0) return avx512;

@@ -15,6 +15,7 @@ extern const tilewise_kernels tilewise_baseline;
 #if defined(__x86_64__)
 extern const tilewise_kernels tilewise_avx2;
 extern const tilewise_kernels tilewise_amx;
+extern const tilewise_kernels tilewise_amx_fma;
 extern const tilewise_kernels tilewise_avx512;
 extern const tilewise_kernels tilewise_avx512_bf16;
 #endif

@@ -284,9 +284,11 @@ void forward_strips(const tilewise_call& c, const ForwardSpace<E>& w, std::int64
       const State state = classify(c, s, span.start, span.stop);
       if (state == kSkip) continue;
       float* const sum = in_runs ? w.out + n * size : nullptr;
-      if (in_place) {
-        few_rows_tile(c, s, w, span, state == kPartial, kv_head, run(n), sum);
-        continue;
+      if constexpr (kParts<E> == 1) {
+        if (in_place) {
+          few_rows_tile(c, s, w, span, state == kPartial, kv_head, run(n), sum);
+          continue;
+        }
       }
       if (k.data == nullptr) {
         k = key_rows(c, c.k, b, kv_head, j0, j1, c.head_dim, w.keys);

@@ -13,3 +13,7 @@
 #include "forward.h"
 #include "forward_tasks.h"
 #include "backward.h"
+#ifdef TILEWISE_TILE_REGISTERS
+#include "parts.h"
+#include "parts_tasks.h"
+#endif

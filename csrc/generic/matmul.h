@@ -9,14 +9,16 @@
 
 namespace {
 
-inline Vec multiply_add(const float* left, const float* right, Vec sum) {
-  return all(*left) * load(right) + sum;
+// sum + a[i][p] * right.
+inline Vec multiply_add(Left<float> a, std::int64_t i, std::int64_t p, const float* right, Vec sum) {
+  return all(a.data[i * a.row + p * a.column]) * load(right) + sum;
 }
 
 // A template, so that it is compiled only in families with a dot product.
 template <class P>
-inline Vec multiply_add(const P* left, const P* right, Vec sum) {
-  return dot(all_int(static_cast<std::int32_t>(left->word)), load_words(right), sum);
+inline Vec multiply_add(Left<P> a, std::int64_t i, std::int64_t p, const P* right, Vec sum) {
+  const P& left = a.data[i * a.row + p * a.column];
+  return dot(all_int(static_cast<std::int32_t>(left.word)), load_words(right), sum);
 }
 
 // What becomes of the sums: C = factor * sum, or C += sum (the factor is then 1). No more than `chain` floats
@@ -30,9 +32,10 @@ struct Store {
 template <int Rows, int Vectors, class E>
 inline void tile_product(Left<E> a, Right<E> b, float* c, std::int64_t c_row, std::int64_t k, Store how) {
   const Vec factor = all(how.factor);
+  const std::int64_t chain = std::is_same_v<E, Pair> ? k : how.chain / kWidth<E>;
   std::int64_t p = 0;
   do {
-    const std::int64_t stop = kWidth<E> > 1 || k - p < how.chain ? k : p + how.chain;
+    const std::int64_t stop = k - p < chain ? k : p + chain;
     const bool adds = how.accumulate || p > 0;
     Vec sum[Rows][Vectors];
 #pragma GCC unroll 24
@@ -44,7 +47,7 @@ inline void tile_product(Left<E> a, Right<E> b, float* c, std::int64_t c_row, st
       for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < Vectors; ++j)
-          sum[i][j] = multiply_add(a.data + i * a.row + p * a.column, b.data + p * b.row + j * kLanes, sum[i][j]);
+          sum[i][j] = multiply_add(a, i, p, b.data + p * b.row + j * kLanes, sum[i][j]);
     }
 #pragma GCC unroll 24
     for (int i = 0; i < Rows; ++i)

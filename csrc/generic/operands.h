@@ -1,4 +1,4 @@
-// What a tile product multiplies: floats, or pairs of bfloat16 numbers.
+// What a tile product multiplies: floats, or pairs of bfloat16 numbers, or sums of such pairs.
 //
 // A product sums along its inner dimension. An element is what one lane takes of it in one step: one
 // float, or two bfloat16 numbers that are neighbours along that dimension, the first in the low half.
@@ -13,33 +13,49 @@ struct __attribute__((packed, aligned(2))) Pair {
   std::uint32_t word;
 };
 
+// N pairs whose sum is two numbers of float16 or float32 (parts.h). kLanes elements are stored as N vectors, one
+// of each part: whole vectors of elements have addresses, single elements have none.
+template <int N>
+struct Parts {
+  std::uint32_t words[N];
+};
+
 template <class E>
 struct Traits;
 template <>
 struct Traits<float> {
   using Number = float;
   static constexpr int kWidth = 1;  // numbers in an element
+  static constexpr int kParts = 1;  // words in an element
 };
 template <>
 struct Traits<Pair> {
   using Number = std::uint16_t;
-  static constexpr int kWidth = 2;
+  static constexpr int kWidth = 2, kParts = 1;
+};
+template <int N>
+struct Traits<Parts<N>> {
+  using Number = std::uint16_t;
+  static constexpr int kWidth = 2, kParts = N;
 };
 template <class E>
 using Number = typename Traits<E>::Number;
 template <class E>
 constexpr int kWidth = Traits<E>::kWidth;
-
-// Elements that hold n numbers.
 template <class E>
-inline std::int64_t elements(std::int64_t n) {
-  return (n + kWidth<E> - 1) / kWidth<E>;
-}
+constexpr int kParts = Traits<E>::kParts;
 
 // n, up to a whole number of vectors.
 inline std::int64_t padded(std::int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// Words of a row that holds n numbers and may be read in whole vectors.
+// Elements that hold n numbers; of parts whole vectors, so that every inner dimension fills tile registers.
+template <class E>
+inline std::int64_t elements(std::int64_t n) {
+  const std::int64_t count = (n + kWidth<E> - 1) / kWidth<E>;
+  return kParts<E> > 1 ? padded(count) : count;
+}
+
+// Elements of a row that holds n numbers and may be read in whole vectors.
 template <class E>
 inline std::int64_t row_words(std::int64_t n) {
   return padded(elements<E>(n));
@@ -98,6 +114,12 @@ inline void transpose_words(const void* from, std::int64_t from_row, std::int64_
   }
 }
 
+template <class E>
+inline void transpose_elements(const E* from, std::int64_t from_row, std::int64_t count, E* to,
+                               std::int64_t to_row) {
+  transpose_words(from, from_row, count, to, to_row);
+}
+
 // Two rows of bfloat16 numbers as one of pairs; no second row counts as zeros.
 inline void interleave(const std::uint16_t* even, const std::uint16_t* odd, std::int64_t width, Pair* to) {
   for (std::int64_t d = 0; d < width; d += kLanes) {
@@ -119,11 +141,12 @@ inline Right<Pair> interleaved(const std::uint16_t* rows, std::int64_t row, std:
 
 // Pairs of keys [elements(keys)][row] as the left operand whose inner dimension are the keys. Tile registers
 // want its rows unbroken: they are transposed into the room behind.
-inline Left<Pair> along_packed_keys(Pair* packed, std::int64_t row, std::int64_t keys, int lanes) {
-  const std::int64_t count = elements<Pair>(keys);
+template <class E>
+inline Left<E> along_packed_keys(E* packed, std::int64_t row, std::int64_t keys, int lanes) {
+  const std::int64_t count = elements<E>(keys);
   if (!kTiles || count % kLanes != 0) return {packed, 1, row};
-  Pair* to = packed + count * row;
-  for (std::int64_t p = 0; p < count; p += kLanes) transpose_words(packed + p * row, row, lanes, to + p, count);
+  E* to = packed + count * row;
+  for (std::int64_t p = 0; p < count; p += kLanes) transpose_elements(packed + p * row, row, lanes, to + p, count);
   return {to, count, 1};
 }
 

@@ -55,6 +55,13 @@ inline void read_row(const tilewise_tensor& t, std::int64_t offset, std::int64_t
   std::memset(to + n, 0, static_cast<std::size_t>(width - n) * 2);
 }
 
+// The same as `count` elements.
+template <class E>
+inline void read_elements(const tilewise_tensor& t, std::int64_t offset, std::int64_t stride, std::int64_t n,
+                          E* to, std::int64_t count) {
+  read_row(t, offset, stride, n, reinterpret_cast<Number<E>*>(to), count * kWidth<E>);
+}
+
 // factor * from.
 inline void write_row(const tilewise_tensor& t, std::int64_t offset, std::int64_t stride, std::int64_t n,
                       const float* from, float factor) {
@@ -85,7 +92,7 @@ inline std::int64_t key_offset(const tilewise_call& c, const tilewise_tensor& t,
 template <class E>
 inline bool is_in_place(const tilewise_call& c, const tilewise_tensor& t, std::int64_t dim) {
   const int dtype = kWidth<E> == 1 ? TILEWISE_FLOAT32 : TILEWISE_BFLOAT16;
-  return t.dtype == dtype && t.stride[3] == 1 && t.stride[2] % kWidth<E> == 0 && dim % kWidth<E> == 0 &&
+  return kParts<E> == 1 && t.dtype == dtype && t.stride[3] == 1 && t.stride[2] % kWidth<E> == 0 && dim % kWidth<E> == 0 &&
          c.page_table == nullptr;
 }
 
@@ -98,10 +105,9 @@ inline Left<E> key_rows(const tilewise_call& c, const tilewise_tensor& t, std::i
     const auto* first = static_cast<const Number<E>*>(t.data) + key_offset(c, t, b, head, j0);
     return {reinterpret_cast<const E*>(first), t.stride[2] / kWidth<E>, 1};
   }
-  const std::int64_t words = row_words<E>(dim), width = words * kWidth<E>;
+  const std::int64_t words = row_words<E>(dim);
   for (std::int64_t j = j0; j < j1; ++j)
-    read_row(t, key_offset(c, t, b, head, j), t.stride[3], dim,
-             reinterpret_cast<Number<E>*>(buffer + (j - j0) * words), width);
+    read_elements(t, key_offset(c, t, b, head, j), t.stride[3], dim, buffer + (j - j0) * words, words);
   return {buffer, words, 1};
 }
 

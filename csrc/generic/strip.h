@@ -174,8 +174,7 @@ template <class E>
 inline void query_rows(const tilewise_tensor& t, const Strip& s, std::int64_t dim, E* to) {
   const std::int64_t words = row_words<E>(dim), used = s.rows < s.lanes ? s.rows : s.lanes;
   for (int r = 0; r < used; ++r)
-    read_row(t, query_offset(t, s, r), t.stride[3], dim, reinterpret_cast<Number<E>*>(to + r * words),
-             words * kWidth<E>);
+    read_elements(t, query_offset(t, s, r), t.stride[3], dim, to + r * words, words);
   std::memset(to + used * words, 0, static_cast<std::size_t>((s.lanes - used) * words) * sizeof(E));
 }
 
@@ -184,7 +183,7 @@ template <class E>
 inline void query_columns(const E* rows, const Strip& s, std::int64_t dim, E* to) {
   const std::int64_t words = row_words<E>(dim);
   for (int v = 0; v < s.lanes; v += kLanes)
-    transpose_words(rows + v * words, words, elements<E>(dim), to + v, kRows);
+    transpose_elements(rows + v * words, words, elements<E>(dim), to + v, kRows);
 }
 
 }  // namespace

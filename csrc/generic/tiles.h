@@ -2,6 +2,10 @@
 //
 // Two blocks of 16 rows by 3 vectors take 6 registers for sums and 2 for operands: 8 loads for 6 products,
 // and a load takes half as long as a product.
+//
+// Of N parts, those are multiplied whose places add up to less than N: 3 products of two parts, 6 of three
+// (parts.h says what the others would add). The smallest come first, and from 0: they are then rounded at their
+// own size, and the largest are added k / 16 times to sums of their size, not 6 times as often.
 #include <utility>
 
 namespace {
@@ -19,29 +23,49 @@ inline void unrolled(const F& f) {
   unrolled(f, std::make_integer_sequence<int, N>{});
 }
 
+template <class E>
+inline const std::uint32_t* part(const E* x, int n) {
+  return reinterpret_cast<const std::uint32_t*>(x) + n * kLanes;
+}
+
+// C = factor * C, or what C was plus C.
+template <int Register>
+inline void store_sums(float* c, std::int64_t c_row, Store how) {
+  alignas(64) float sums[kTileRows * kLanes];
+  tile_store<Register>(sums, kLanes * 4);
+  for (int r = 0; r < kTileRows; ++r) {
+    const Vec sum = load(sums + r * kLanes);
+    store(c + r * c_row, how.accumulate ? load(c + r * c_row) + sum : sum * how.factor);
+  }
+}
+
 template <int Blocks, int Vectors, class E>
 void tile_block(Left<E> a, Right<E> b, float* c, std::int64_t c_row, std::int64_t k, Store how) {
+  constexpr int bytes = sizeof(E);
   unrolled<Blocks>([&](auto i) {
     unrolled<Vectors>([&](auto j) {
       constexpr int sum = i() * Vectors + j();
-      if (how.accumulate) {
+      if (how.accumulate && kParts<E> == 1) {
         tile_load<sum>(c + i() * kTileRows * c_row + j() * kLanes, c_row * 4);
       } else {
         tile_zero<sum>();
       }
     });
   });
-  for (std::int64_t p = 0; p < k; p += kTileElements)
-    unrolled<Blocks>([&](auto i) {
-      tile_load<kLeftRegister>(a.data + i() * kTileRows * a.row + p, a.row * 4);
-      unrolled<Vectors>([&](auto j) {
-        tile_load<kRightRegister>(b.data + p * b.row + j() * kLanes, b.row * 4);
-        tile_dot<i() * Vectors + j(), kLeftRegister, kRightRegister>();
-      });
-    });
+  for (int places = kParts<E> - 1; places >= 0; --places)
+    for (int n = 0; n <= places; ++n)
+      for (std::int64_t p = 0; p < k; p += kTileElements)
+        unrolled<Blocks>([&](auto i) {
+          tile_load<kLeftRegister>(part(a.data + i() * kTileRows * a.row + p, n), a.row * bytes);
+          unrolled<Vectors>([&](auto j) {
+            tile_load<kRightRegister>(part(b.data + p * b.row + j() * kLanes, places - n), b.row * bytes);
+            tile_dot<i() * Vectors + j(), kLeftRegister, kRightRegister>();
+          });
+        });
   unrolled<Blocks>([&](auto i) {
     unrolled<Vectors>([&](auto j) {
       float* to = c + i() * kTileRows * c_row + j() * kLanes;
+      if constexpr (kParts<E> > 1) return store_sums<i() * Vectors + j()>(to, c_row, how);
       tile_store<i() * Vectors + j()>(to, c_row * 4);
       if (how.accumulate || how.factor == 1.0f) return;
       for (int r = 0; r < kTileRows; ++r) store(to + r * c_row, load(to + r * c_row) * how.factor);

@@ -17,7 +17,7 @@ ISAS = () if library.load_error() else library.isas()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(params=("baseline", "avx2", "avx512", "avx512_bf16", "amx"))
+@pytest.fixture(params=("baseline", "avx2", "avx512", "avx512_bf16", "amx", "amx_fma"))
 def isa(request, monkeypatch):
     if request.param not in ISAS:
         pytest.skip(f"this processor cannot run {request.param}")

@@ -23,7 +23,7 @@ from tilewise.tiles import Band, Ranges
 
 pytestmark = pytest.mark.skipif(library.load_error() is not None, reason=str(library.load_error()))
 ISAS = () if library.load_error() else library.isas()
-ALL_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+ALL_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx", "amx_fma")
 
 
 @pytest.fixture
