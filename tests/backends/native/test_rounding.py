@@ -99,7 +99,8 @@ def test_numbers_between_two_neighbours_are_rounded(isa, dtype, layout, queries,
     """To the nearer one, or half way to the even one: every finite number and the next."""
     numbers = every_number(dtype, 0 if dtype == torch.float16 else 2**-100)
     following = (numbers.view(torch.int16) + 1).view(dtype)
-    usable = following.isfinite() & (numbers != 0) & (following.abs().double() < 2.0**125)
+    usable = numbers.isfinite() & following.isfinite() & (numbers != 0)
+    usable &= following.abs().double() < 2.0**125
     numbers, following = (torch.where(usable, x, 0) for x in (numbers, following))
     values = [numbers] * (4 - quarters) + [following] * quarters
     exact = sum(x.double() for x in values) / 4
