@@ -12,7 +12,7 @@ namespace {
 
 template <class E>
 struct BackwardSpace {
-  E *keys, *values, *key_columns, *query_rows, *d_out_rows, *queries_t, *queries, *d_out_t, *d_out, *operand;
+  E *keys, *tile_keys, *values, *key_columns, *query_rows, *d_out_rows, *queries_t, *queries, *d_out_t, *d_out, *operand;
   float *row, *d_q, *weights, *capped, *dropped, *d_scores, *d_k, *d_v;
   float *d_q_sum, *d_k_sum, *d_v_sum;  // of runs
 };
@@ -25,6 +25,7 @@ inline BackwardSpace<E> backward_space(const tilewise_call& c, std::int64_t chun
   BackwardSpace<E> w;
   scratch().lay_out([&](auto& memory) {
     memory.take(w.keys, copies_keys ? chunk * words : 0);
+    memory.take(w.tile_keys, copies_keys ? kKeys * words : 0);
     memory.take(w.values, copies_values ? chunk * v_words : 0);
     memory.take(w.key_columns, elements<E>(chunk) * width);
     memory.take(w.query_rows, kRows * words);
@@ -82,9 +83,10 @@ inline void careful_product(const tilewise_call& c, const Strip& s, Span span, c
 }
 
 // P = 2^(S unit - lse). Lanes without a query get 0: their scores are 0, or NaN beside an infinite key.
-inline void recompute_weights(const Strip& s, std::int64_t keys, float unit, float* tile) {
+inline void recompute_weights(const Strip& s, std::int64_t keys, float unit_of_call, float* tile) {
   for (int v = 0; v < s.lanes; v += kLanes) {
     const Vec lse = load(s.lse + v), rest = load(s.lse_rest + v);
+    const Vec unit = scale_large(tile + v, keys, all(unit_of_call), lse == kInfinity ? all(0.0f) : lse);
     const bool whole = v + kLanes <= s.rows;
     const IntVec used = lane_index() + v < static_cast<std::int32_t>(s.rows);
     for (std::int64_t j = 0; j < keys; ++j) {
@@ -187,6 +189,37 @@ inline Queries<E> load_queries(const tilewise_call& c, Strip& s, const BackwardS
   return q;
 }
 
+// Beyond this the rounding of lse to a float, which P = e^(S - lse) turns into a factor, is more than 2^-8.
+constexpr float kLargestLse = 65536.0f;
+
+// For a strip with such rows m and l are found again, as the forward finds them: lse = m + log2(l), of which
+// lse_rest keeps the second term. One more product, over all the keys that the strip sees.
+template <class E>
+inline void settle_large_rows(const tilewise_call& c, Strip& s, const Queries<E>& q, std::int64_t kv_head,
+                              const BackwardSpace<E>& w) {
+  const auto is_large = [&](int r) { return std::isfinite(s.lse[r]) && std::fabs(s.lse[r]) > kLargestLse; };
+  bool any = false;
+  for (int r = 0; r < s.rows; ++r) any |= is_large(r);
+  if (!any) return;
+  initial_state(c, s, w.d_q, padded(c.head_dim), true);
+  for (std::int64_t j0 = s.first_key / kKeys * kKeys; j0 < s.last_key; j0 += kKeys) {
+    const std::int64_t j1 = j0 + kKeys < c.kv_len ? j0 + kKeys : c.kv_len;
+    const Span span = trimmed<E>(s, j0, j1);
+    const State state = classify(c, s, span.start, span.stop);
+    if (state == kSkip) continue;
+    const Left<E> k = key_rows(c, c.k, s.batch, kv_head, j0, j1, c.head_dim, w.tile_keys);
+    scores(c, s, span, k.from(span.start - j0), q.q_t, w.weights, nullptr);
+    if (state == kPartial) mask_tile(c, s, span.start, span.stop, w.weights);
+    alignas(64) float rescale[kRows];
+    online_softmax_update<E>(s, w.weights, span.stop - span.start, scaling(c).unit, rescale, nullptr);
+  }
+  for (int r = 0; r < s.rows; ++r) {
+    if (!is_large(r)) continue;
+    s.lse[r] = s.maximum[r];
+    s.lse_rest[r] = static_cast<float>(std::log2(static_cast<double>(s.total[r]) + s.total_rest[r]));
+  }
+}
+
 // S^T, P^T, and dV += P^T dO.
 template <class E>
 inline void value_gradient(const tilewise_call& c, const Strip& s, const Queries<E>& q, const Chunk<E>& chunk,
@@ -277,6 +310,7 @@ void backward_task(const tilewise_call& c, std::int64_t b, std::int64_t kv_head,
       clear(w.d_q, kRows * width);
     } else {
       const Queries<E> q = load_queries(c, s, w);
+      settle_large_rows(c, s, q, kv_head, w);
       if (keys_in_runs) clear(w.d_q_sum, kRows * width);
       for (std::int64_t j0 = low / kKeys * kKeys; j0 < high; j0 += kKeys) {
         const Span span = trimmed<E>(s, j0, j0 + kKeys < stop ? j0 + kKeys : stop);

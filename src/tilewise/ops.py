@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checks import FLOAT8, refuse_gradient
 from .dispatch import backend_module, choose
-from .problem import DIFFERENTIABLE, Inputs, Problem
+from .problem import DIFFERENTIABLE, Inputs, Plan, Problem
 from .tensors import like_queries
 from .tiles import Band, Bitmap, Ranges, flatten, unflatten
 
@@ -47,9 +47,10 @@ def attention(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, T
     Nobody watches it (``is_observed``): the operator's body runs directly.
     """
     if problem.needs_grad:
-        leaves = [getattr(inputs, name) for name in _present(inputs)]
-        return _Eager.apply(inputs, problem, backend, *leaves)
-    return _run_forward(inputs, problem, backend)
+        q, k, v, _, bias, alibi, relative_bias, sinks = inputs[:8]
+        plan = choose(problem, backend)
+        return _apply_eager(inputs, problem, plan, q, k, v, bias, alibi, relative_bias, sinks)
+    return _run_forward(inputs, problem, choose(problem, backend))
 
 
 def observed_attention(
@@ -82,7 +83,8 @@ def needs_grad(inputs: Inputs) -> bool:
         or (sinks is not None and sinks.requires_grad)
     )
     if wanted and q.dtype == FLOAT8:
-        refuse_gradient({name: getattr(inputs, name) for name in _present(inputs)})
+        present = {name: getattr(inputs, name) for name in DIFFERENTIABLE}
+        refuse_gradient({name: x for name, x in present.items() if x is not None})
     return wanted
 
 
@@ -125,8 +127,7 @@ def _inputs(packed: Sequence[Any], kv_len: int) -> Inputs:
     return Inputs(q, k, v, mask, *options)
 
 
-def _run_forward(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    plan = choose(problem, backend)
+def _run_forward(inputs: Inputs, problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
     if problem.is_empty:
         out = like_queries(inputs.q, problem.v_dim).zero_()
         lse = inputs.q.new_full(out.shape[:3], -torch.inf, dtype=problem.compute_dtype)
@@ -137,7 +138,7 @@ def _run_forward(inputs: Inputs, problem: Problem, backend: str) -> tuple[Tensor
 def _run_backward(
     inputs: Inputs,
     problem: Problem,
-    backend: str,
+    plan: Plan,
     out: Tensor,
     lse: Tensor,
     d_out: Tensor,
@@ -149,20 +150,22 @@ def _run_backward(
         if needs["sinks"] and d_lse is not None:  # with no key at all, lse is the sink itself
             found["sinks"] += d_lse.sum(dim=(0, 2)).to(found["sinks"].dtype)
         return found
-    plan = choose(problem, backend)
     module = backend_module(plan.backend)
     return module.backward(problem, inputs, plan, out, lse, d_out, d_lse, needs)
 
 
 def _forward(*call: Any) -> tuple[Tensor, Tensor]:
-    return _run_forward(*_unpack(call))
+    inputs, problem, backend = _unpack(call)
+    return _run_forward(inputs, problem, choose(problem, backend))
 
 
 def _backward(
     d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, needs: Sequence[bool], *call: Any
 ) -> tuple[Tensor, ...]:
     wanted = dict(zip(DIFFERENTIABLE, needs, strict=True))
-    found = _run_backward(*_unpack(call), out, lse, d_out, d_lse, wanted)
+    inputs, problem, backend = _unpack(call)
+    plan = choose(problem, backend)
+    found = _run_backward(inputs, problem, plan, out, lse, d_out, d_lse, wanted)
     return tuple(
         found[name].contiguous() if wanted[name] else d_out.new_empty(0) for name in DIFFERENTIABLE
     )
@@ -209,48 +212,56 @@ def _refuse(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 class _Eager(torch.autograd.Function):
     """The same derivative without the operator around it, which costs an eager call 90 us.
 
-    ``leaves`` are those of ``inputs`` that can have a gradient, for autograd to find.
+    ``leaves`` are the ``DIFFERENTIABLE`` of ``inputs``, for autograd to find.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Inputs, problem: Problem, backend: str, *leaves: Tensor
+        ctx: Any, inputs: Inputs, problem: Problem, plan: Plan, *leaves: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _run_forward(inputs, problem, backend)
-        *tensors, kind, low, high = _pack(inputs)
-        ctx.save_for_backward(out, lse, *tensors)
-        ctx.call = (kind, low, high), problem, backend
+        out, lse = _run_forward(inputs, problem, plan)
+        q, k, v, mask, *options = inputs
+        if isinstance(mask, Band):  # which has no tensor to save
+            ctx.save_for_backward(out, lse, q, k, v, *options)
+            ctx.call = problem, plan, mask
+        else:
+            first, second, kind, *_ = flatten(mask)
+            ctx.save_for_backward(out, lse, q, k, v, *options, first, second)
+            ctx.call = problem, plan, kind
         ctx.set_materialize_grads(False)  # an output that is not used costs no zeros
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
-        out, lse, *tensors = ctx.saved_tensors
-        band, problem, backend = ctx.call
-        inputs = _inputs((*tensors, *band), problem.kv_len)
-        present = _present(inputs)
-        flags = ctx.needs_input_grad[3:]
-        needs = dict.fromkeys(DIFFERENTIABLE, False) | dict(zip(present, flags, strict=True))
+        out, lse, q, k, v, *options = ctx.saved_tensors
+        problem, plan, mask = ctx.call
+        if not isinstance(mask, Band):
+            *options, first, second = options
+            mask = unflatten(first, second, mask, 0, 0, problem.q_len, problem.kv_len)
+        inputs = Inputs(q, k, v, mask, *options)
+        needs = dict(zip(DIFFERENTIABLE, ctx.needs_input_grad[3:], strict=True))
         if d_out is None:
             d_out = torch.zeros_like(out)
         if torch.is_grad_enabled():
             # create_graph: the operator runs, and raises if a second derivative is asked for.
             d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
             scalars = (getattr(problem, name) for name in _SCALARS)
-            call = (*tensors, *band, *scalars, backend)
+            call = (*_pack(inputs), *scalars, plan.backend)
             grads = torch.ops.tilewise.attention_backward(
                 d_out, d_lse, out, lse, list(needs.values()), *call
             )
-            found = dict(zip(DIFFERENTIABLE, grads, strict=True))
-        else:
-            found = _run_backward(inputs, problem, backend, out, lse, d_out, d_lse, needs)
-        return (None, None, None, *[found[n] if needs[n] else None for n in present])
+            return (
+                None,
+                None,
+                None,
+                *[g if needs[n] else None for n, g in zip(needs, grads, strict=True)],
+            )
+        found = _run_backward(inputs, problem, plan, out, lse, d_out, d_lse, needs)
+        return (None, None, None, *map(found.get, DIFFERENTIABLE))
 
 
-def _present(inputs: Inputs) -> list[str]:
-    """The names of the differentiable tensors that a call has."""
-    return [name for name in DIFFERENTIABLE if getattr(inputs, name) is not None]
-
+_apply_eager = super(torch.autograd.Function, _Eager).apply
+"""``_Eager.apply`` less its search for functorch's transforms, of which there are none here."""
 
 _LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")

@@ -188,7 +188,9 @@ def test_a_cache_is_read_in_place(monkeypatch, name, dtype):
     assert runs == [1, 1]
 
 
-@pytest.mark.parametrize("bias", [None, DENSE["causal"], DENSE["local"]], ids=["none", "causal", "local"])
+@pytest.mark.parametrize(
+    "bias", [None, DENSE["causal"], DENSE["local"]], ids=["none", "causal", "local"]
+)
 @pytest.mark.parametrize("layout", ["BMK", "BMHK", "BMGHK"])
 def test_layouts(layout, bias):
     heads = {"BMK": 1, "BMHK": 4, "BMGHK": 6}[layout]

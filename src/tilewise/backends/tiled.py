@@ -72,23 +72,30 @@ def forward(problem: Problem, inputs: Inputs, plan: Plan) -> tuple[Tensor, Tenso
     out = like_queries(inputs.q, problem.v_dim)
     lse = inputs.q.new_empty(out.shape[:3], dtype=problem.compute_dtype)
     for batch, rows, tiles in schedule(problem, inputs.mask, plan, outer="q"):
-        q = load_queries(problem, inputs.q, batch, rows) * problem.scale
-        if inputs.qk_descale is not None:
-            q = ungroup_rows(problem, q)
-            q = group_rows(problem, descaled(q, inputs.qk_descale, problem, batch, rows))
-        state = initial_state(problem, inputs, q, rows)
-        for keys, masked in tiles:
-            k, v = load_tile(problem, inputs, batch, keys)
-            tile, _ = scores(problem, inputs, q, k, batch, rows, keys)
-            visible = mask_tile(tile, inputs.mask, batch, rows, keys) if masked else None
-            weights, rescale = online_softmax_update(state, tile)
-            weights = drop(problem, inputs, weights, batch, rows, keys)
-            accumulate(problem, state, weights, rescale, v, visible)
-        block, block_lse = finish(state)
+        block, block_lse = finish(attend(problem, inputs, batch, rows, tiles))
         block = descaled(block, inputs.v_descale, problem, batch, rows)
         out[batch, :, rows[0] : rows[1]] = block.to(out.dtype)
         lse[batch, :, rows[0] : rows[1]] = block_lse
     return out, lse
+
+
+def attend(
+    problem: Problem, inputs: Inputs, batch: Batch, rows: Span, tiles: list[tuple[Span, bool]]
+) -> State:
+    """Lines 4 to 11: one block of queries over the keys that it sees."""
+    q = load_queries(problem, inputs.q, batch, rows) * problem.scale
+    if inputs.qk_descale is not None:
+        q = ungroup_rows(problem, q)
+        q = group_rows(problem, descaled(q, inputs.qk_descale, problem, batch, rows))
+    state = initial_state(problem, inputs, q, rows)
+    for keys, masked in tiles:
+        k, v = load_tile(problem, inputs, batch, keys)
+        tile, _ = scores(problem, inputs, q, k, batch, rows, keys)
+        visible = mask_tile(tile, inputs.mask, batch, rows, keys) if masked else None
+        weights, rescale = online_softmax_update(state, tile)
+        weights = drop(problem, inputs, weights, batch, rows, keys)
+        accumulate(problem, state, weights, rescale, v, visible)
+    return state
 
 
 def backward(
@@ -110,8 +117,7 @@ def backward(
     delta = (d_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if d_lse is not None:
         delta = delta - d_lse
-    # A row without any weight has lse = -inf; +inf makes its recomputed weights exp(-inf) = 0.
-    safe_lse = torch.where(torch.isneginf(lse), torch.inf, lse)
+    shift, total = softmax_state(problem, inputs, plan, lse)
     d_q, d_k, d_v = (
         torch.zeros(x.shape, dtype=problem.compute_dtype, device=x.device)
         for x in (inputs.q, inputs.k, inputs.v)
@@ -125,7 +131,11 @@ def backward(
             d_o = load_queries(problem, d_out, batch, rows)
             tile, capped = scores(problem, inputs, q, k, batch, rows, keys)
             visible = mask_tile(tile, inputs.mask, batch, rows, keys) if masked else None
-            weights = tile.sub_(safe_lse[batch, :, span, None]).exp_()  # line 11: P
+            weights = tile.sub_(shift[batch, :, span, None])  # line 11: P
+            if total is None:
+                weights.exp_()
+            else:  # the products of two passes may differ by roundings, which are large here
+                weights.clamp_(max=0).exp_().div_(total[batch, :, span, None])
             keep = keep_factor(problem, inputs, batch, rows, keys)
             dropped = group_rows(problem, weights if keep is None else weights * keep)
             # Line 12: dV += P^T dO.
@@ -155,6 +165,28 @@ def backward(
         for name, grad in found.items()
         if grad is not None and needs[name]
     }
+
+
+def softmax_state(
+    problem: Problem, inputs: Inputs, plan: Plan, lse: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """``shift`` and ``total``, ``[batch, q_heads, q_len]``: P = exp(S - shift) / total; None is 1.
+
+    That is ``lse`` alone, unless some row's is so large that its rounding would change P by more
+    than 2^-8: such rows are attended to again, for their m and l.
+    """
+    # A row without any weight has lse = -inf; +inf makes its recomputed weights exp(-inf) = 0.
+    shift = torch.where(torch.isneginf(lse), torch.inf, lse)
+    large = lse.isfinite() & (lse.abs() * torch.finfo(lse.dtype).eps > 2**-7)
+    if not large.any():
+        return shift, None
+    total = torch.ones_like(lse)
+    for batch, rows, tiles in schedule(problem, inputs.mask, plan, outer="q"):
+        state = attend(problem, inputs, batch, rows, tiles)
+        block = (batch, slice(None), slice(*rows))
+        shift[block] = torch.where(large[block], state.maximum.squeeze(-1), shift[block])
+        total[block] = torch.where(large[block], state.total.squeeze(-1), total[block])
+    return shift, total
 
 
 def schedule(problem: Problem, mask: Lowered, plan: Plan, outer: str) -> list[Work]:

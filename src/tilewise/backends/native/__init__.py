@@ -43,7 +43,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 def plan(problem: Problem) -> Plan:
     """Tiles are fixed in the kernels: a strip of queries by ``TILE_KEYS`` keys."""
-    return NativePlan("native", library.strip_rows(), TILE_KEYS)
+    return NativePlan("native", library.strip_rows(), TILE_KEYS, parts(problem))
 
 
 def forward(problem: Problem, inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -76,16 +76,15 @@ def backward(
     inputs, d_out = _resolved(inputs), d_out.resolve_neg()
     q, k, v = inputs.q, inputs.k, inputs.v
     delta = torch.empty_like(lse)
-    found = {"q": torch.empty_like(q), "k": torch.empty_like(k), "v": torch.empty_like(v)}
-    call, alive = describe(
-        cast(NativePlan, plan), problem, inputs, out, lse, (d_out, *found.values())
-    )
+    d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    plan = cast(NativePlan, plan)
+    call, alive = describe(plan, problem, inputs, out, lse, (d_out, d_q, d_k, d_v))
     call.delta = delta.data_ptr()
     if d_lse is not None:
         d_lse = d_lse.resolve_neg()
         call.d_lse, call.d_lse_stride[:] = d_lse.data_ptr(), d_lse.stride()
     shared = inputs.bias is not None and needs["bias"] and _is_shared(problem, inputs.bias)
-    call.chunks = chunks = parts(problem, shared)
+    call.chunks = chunks = parts(problem, shared) if shared else plan.parts
     if chunks > 1:
         d_q_parts = q.new_empty((chunks, *q.shape), dtype=torch.float32)
         call.d_q_parts = d_q_parts.data_ptr()
@@ -105,17 +104,17 @@ def backward(
         call.d_bias_stride[:] = (*wide.stride(), d_bias.stride(0) if keyless else 0)
     library.run("backward", call)
     del alive
-    if call.d_bias:
-        found["bias"] = d_bias.sum(0)
-    if call.d_alibi:
-        assert inputs.alibi is not None
-        found["alibi"] = d_alibi.sum(2).sum_to_size(inputs.alibi.shape)
-    if call.d_relative_bias:
-        found["relative_bias"] = d_relative.sum((0, 2))
+    found = {"q": d_q, "k": d_k, "v": d_v}
+    if inputs.bias is not None and needs["bias"]:
+        found["bias"] = d_bias.sum(0).to(inputs.bias.dtype)
+    if inputs.alibi is not None and needs["alibi"]:
+        total = d_alibi.sum(2).sum_to_size(inputs.alibi.shape)
+        found["alibi"] = total.to(inputs.alibi.dtype)
+    if inputs.relative_bias is not None and needs["relative_bias"]:
+        found["relative_bias"] = d_relative.sum((0, 2)).to(inputs.relative_bias.dtype)
     if inputs.sinks is not None and needs["sinks"]:
-        found["sinks"] = sink_gradient(inputs.sinks, lse, delta, torch.float32)
-    for name in found.keys() - {"q", "k", "v"}:
-        found[name] = found[name].to(getattr(inputs, name).dtype)
+        total = sink_gradient(inputs.sinks, lse, delta, torch.float32)
+        found["sinks"] = total.to(inputs.sinks.dtype)
     return {name: grad for name, grad in found.items() if needs[name]}
 
 
@@ -128,7 +127,7 @@ def parts(problem: Problem, shared_bias: bool = False) -> int:
     """
     tiles = -(-problem.kv_len // TILE_KEYS)
     heads = 1 if shared_bias else problem.batch * problem.kv_heads
-    return max(1, min(-(-ENOUGH_TASKS // heads), tiles, MOST_PARTS))
+    return max(1, min(-(-ENOUGH_TASKS // max(heads, 1)), tiles, MOST_PARTS))
 
 
 def _is_shared(problem: Problem, bias: Tensor) -> bool:

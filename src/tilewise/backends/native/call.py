@@ -75,7 +75,7 @@ MOST_LAYOUTS = 64
 """A model lays out the calls of one problem in one or two ways."""
 
 Layout = tuple[Any, ...]
-"""The strides of a call's ``TENSORS``; in the backward followed by d_out's dtype."""
+"""The strides of q, k, v and out; in the backward followed by d_out's strides and dtype."""
 
 TENSORS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
 """The tensors that every call has, the last four in the backward only."""
@@ -86,19 +86,24 @@ class NativePlan(Plan):
     """A plan that remembers the calls laid out under it, by the layout of their tensors.
 
     What a ``Call`` says beyond addresses follows from its problem, whose plan this is, and from the
-    strides and dtypes of its ``TENSORS``: so those are the key. The template is such a call as
-    bytes, and whether there is more to fill in than the dense tensors and a band.
+    strides and dtypes of its ``TENSORS``. The key is those that callers choose: d_q, d_k and d_v
+    are ``empty_like`` of q, k and v. The template is such a call as bytes, and whether there is
+    more to fill in than the dense tensors and a band. ``parts`` are those of ``native.parts``, of a
+    call whose bias gradient is not shared.
     """
 
+    parts: int
     templates: dict[Layout, tuple[bytes, bool]] = field(
         default_factory=dict, repr=False, compare=False
     )
 
-    def remember(self, problem: Problem, layout: Layout) -> tuple[bytes, bool]:
-        """Make the template of a layout that is new."""
+    def remember(
+        self, problem: Problem, layout: Layout, tensors: tuple[Tensor, ...]
+    ) -> tuple[bytes, bool]:
+        """Make the template of a layout that is new, from ``TENSORS`` that have it."""
         if len(self.templates) >= MOST_LAYOUTS:
             self.templates.clear()
-        made = self.templates[layout] = _template(problem, layout)
+        made = self.templates[layout] = _template(problem, tensors)
         return made
 
 
@@ -119,14 +124,17 @@ def describe(
     q, k, v, mask = inputs[:4]
     layout: Layout = (q.stride(), k.stride(), v.stride(), out.stride())
     if gradients:
-        layout += (*[x.stride() for x in gradients], gradients[0].dtype)
-    template, has_options = plan.templates.get(layout) or plan.remember(problem, layout)
+        d_out, d_q, d_k, d_v = gradients
+        layout += (d_out.stride(), d_out.dtype)
+    template, has_options = plan.templates.get(layout) or plan.remember(
+        problem, layout, (q, k, v, out, *gradients)
+    )
     call = Call.from_buffer_copy(template)
     call.q.data, call.k.data, call.v.data = q.data_ptr(), k.data_ptr(), v.data_ptr()
     call.out.data, call.lse = out.data_ptr(), lse.data_ptr()
     if gradients:
-        for name, x in zip(TENSORS[4:], gradients, strict=True):
-            getattr(call, name).data = x.data_ptr()
+        call.d_out.data, call.d_q.data = d_out.data_ptr(), d_q.data_ptr()
+        call.d_k.data, call.d_v.data = d_k.data_ptr(), d_v.data_ptr()
     call.threads = torch.get_num_threads()
     call.scale = problem.scale  # equal problems may differ in it: 0.0 == -0.0
     if isinstance(mask, Band):
@@ -134,17 +142,15 @@ def describe(
     return call, _fill_options(call, problem, inputs) if has_options else []
 
 
-def _template(problem: Problem, layout: Layout) -> tuple[bytes, bool]:
+def _template(problem: Problem, tensors: tuple[Tensor, ...]) -> tuple[bytes, bool]:
     call = Call()
     call.batch, call.q_heads, call.kv_heads = problem.batch, problem.q_heads, problem.kv_heads
     call.q_len, call.kv_len = problem.q_len, problem.kv_len
     call.head_dim, call.v_dim = problem.head_dim, problem.v_dim
     call.softcap, call.mask_kind = problem.softcap, _MASKS[problem.mask]
-    for name, stride in zip(TENSORS, layout, strict=False):
+    for name, x in zip(TENSORS, tensors, strict=False):
         dense = getattr(call, name)
-        dense.stride[:], dense.dtype = stride, _DTYPES[problem.dtype]
-    if len(layout) > len(TENSORS):
-        call.d_out.dtype = _DTYPES[layout[-1]]
+        dense.stride[:], dense.dtype = x.stride(), _DTYPES[x.dtype]
     has_options = call.mask_kind != _BAND or bool(
         problem.bias
         or problem.alibi
