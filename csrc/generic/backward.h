@@ -97,6 +97,16 @@ inline void recompute_weights(const Strip& s, std::int64_t keys, float unit_of_c
   }
 }
 
+// What drop() did to P, done to dP: an entry was dropped if nothing is left of its weight. So it seems, too, where
+// P is 0, and then dS = P (dP - delta) is 0 either way.
+inline void drop_alike(const Strip& s, std::int64_t keys, float keep_factor, const float* dropped, float* d_weights) {
+  for (int v = 0; v < s.lanes; v += kLanes)
+    for (std::int64_t j = 0; j < keys; ++j) {
+      const std::int64_t at = j * kRows + v;
+      store(d_weights + at, load(d_weights + at) * (load(dropped + at) == 0.0f ? all(0.0f) : all(keep_factor)));
+    }
+}
+
 // dS = P (dP - delta), and 0 where P is exactly 0: dP may be inf or NaN for a hidden key.
 inline void score_gradient(const Strip& s, std::int64_t keys, const float* weights, float* d_scores,
                            bool partial) {
@@ -249,7 +259,7 @@ inline void key_gradient(const tilewise_call& c, const Strip& s, const Queries<E
   const std::int64_t width = padded(c.head_dim), keys = span.stop - span.start, j = span.start - chunk.start;
   float* d_k = w.d_k + j * width;
   matmul(keys, s.vectors, elements<E>(c.v_dim), chunk.v.from(j), q.d_out_t, w.d_scores, kRows, {1.0f, false});
-  if (c.keep_factor != 0.0f) drop(c, s, span.start, span.stop, w.d_scores, w.d_scores);
+  if (c.keep_factor != 0.0f) drop_alike(s, keys, c.keep_factor, w.dropped, w.d_scores);
   score_gradient(s, keys, w.weights, w.d_scores, partial);
   if (c.d_alibi || c.d_bias || c.d_relative_bias) bias_gradients(c, s, chunk.index, span, w.d_scores);
   if (c.softcap != 0.0f) cap_gradient(c, keys * kRows, w.capped, w.d_scores);

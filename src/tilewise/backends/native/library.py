@@ -87,7 +87,20 @@ def isa() -> str:
 
     Raises ValueError if the variable names a family that is unknown or cannot run here.
     """
-    return _choose_isa(os.environ.get("TILEWISE_FORCE_ISA"), load())
+    return _choose_isa(forced_isa(), load())
+
+
+def forced_isa() -> str | None:
+    """``TILEWISE_FORCE_ISA`` as it is now. Every call asks, and for a variable that is not set
+    ``os.environ.get`` takes a microsecond, to raise and catch: so its table is asked first."""
+    return os.environ.get("TILEWISE_FORCE_ISA") if _FORCED in _VARIABLES else None
+
+
+_TABLE = getattr(os.environ, "_data", None)
+_VARIABLES: Any = os.environ if _TABLE is None else _TABLE
+_FORCED: Any = (
+    os.environ.encodekey("TILEWISE_FORCE_ISA") if _TABLE is not None else "TILEWISE_FORCE_ISA"
+)
 
 
 def last_isa() -> str:
@@ -111,7 +124,7 @@ def run(direction: str, call: Call) -> None:
 
     Raises LibraryError with the library's message if it refuses the call.
     """
-    functions, isa = _kernels(os.environ.get("TILEWISE_FORCE_ISA"))
+    functions, isa = _kernels(forced_isa())
     if functions[direction](call, isa) != 0:
         raise LibraryError(f"native {direction}: {load().tilewise_error().decode('ascii')}")
 
