@@ -239,7 +239,9 @@ def _launches(sample: Sample) -> Iterator[tuple[str, Any, Launch, str]]:
         launched = dkdv.launch_arguments(problem, inputs, plan, shared, wanted, segments, care)
         yield name, dkdv.dkdv_kernel, launched, matrix_of(problem, long)
         if care is not None:
-            launched = careful.launch_arguments(problem, plan.dkdv, shared, wanted, None, care)
+            launched = careful.launch_arguments(
+                problem, plan.dkdv, plan.architecture, shared, wanted, None, care
+            )
             yield f"{name} careful", careful.careful_kernel, launched, matrix_of(problem, few)
     if (tile := fused_tile(problem, plan.architecture)) is not None:
         segments = yield from _segment_launches(sample, tile, shared, "fused ")

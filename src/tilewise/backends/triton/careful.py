@@ -8,6 +8,7 @@ kernel of its own, since its registers would be taken from their loops.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -230,7 +231,7 @@ def run(
     care: Tensor,
 ) -> None:
     """Write ``wanted`` anew where ``care`` says so, and add to ``sums``, the fused form's dQ."""
-    arguments, named = launch_arguments(problem, tile, shared, wanted, sums, care)
+    arguments, named = launch_arguments(problem, tile, architecture, shared, wanted, sums, care)
     grid = (care.numel() * (tile.block_kv // FEW.value),)
     launch.run(careful_kernel, grid, architecture, arguments, named)
 
@@ -243,6 +244,7 @@ def operands(wanted: Wanted) -> tuple[Any, ...]:
 def launch_arguments(
     problem: Problem,
     tile: Tile,
+    architecture: str,
     shared: Shared,
     wanted: Wanted,
     sums: Tensor | None,
@@ -256,5 +258,6 @@ def launch_arguments(
         care,
         triton.cdiv(problem.kv_len, tile.block_kv),
     )
-    named = {"BLOCK_KV": tile.block_kv, "num_warps": WARPS, "num_stages": 1}
+    named = replace(tile, warps=WARPS, stages=1).options(architecture)
+    del named["BLOCK_Q"]  # as many queries at a time as keys
     return arguments, shared.options.features | named

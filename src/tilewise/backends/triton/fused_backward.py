@@ -245,6 +245,8 @@ def launches(
     long = replace(tile, block_q=max(tile.block_q, tile.block_kv))
     yield "fused", fused_kernel, launched, matrix_of(problem, long)
     if care is not None:
-        launched = careful.launch_arguments(problem, tile, shared, wanted, sums, care)
+        launched = careful.launch_arguments(
+            problem, tile, plan.architecture, shared, wanted, sums, care
+        )
         yield "fused careful", careful.careful_kernel, launched, "any"
     yield "round", round_kernel, round_arguments(problem, sums, inputs.q), "none"

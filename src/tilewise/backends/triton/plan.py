@@ -145,7 +145,7 @@ DKDV: Table = {
         (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     },
     "ampere": {
-        (2, 64): (Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)),
+        (2, 64): (Tile(32, 64, 8, 2), Tile(32, 32, 4, 1)),
         (2, 128): (Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
         (2, 256): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
         (2, 512): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
@@ -153,8 +153,8 @@ DKDV: Table = {
         (4, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     },
     "hopper": {
-        (2, 64): (Tile(64, 128, 8, 2), Tile(64, 32, 8, 1)),
-        (2, 128): (Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+        (2, 64): (Tile(64, 128, 8, 2), Tile(32, 32, 8, 1)),
+        (2, 128): (Tile(32, 64, 8, 2), Tile(16, 32, 8, 1)),
         (2, 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
         (2, 512): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
         (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
@@ -187,7 +187,7 @@ DQ: Table = {
         (4, 128): (Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
     },
     "ampere": {
-        (2, 64): (Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
+        (2, 64): (Tile(128, 32, 8, 2), Tile(64, 32, 8, 1)),
         (2, 128): (Tile(64, 64, 8, 2), Tile(32, 32, 8, 1)),
         (2, 256): (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
         (2, 512): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
@@ -196,8 +196,8 @@ DQ: Table = {
     },
     "hopper": {
         (2, 64): (Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
-        (2, 128): (Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
-        (2, 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (2, 128): (Tile(128, 64, 8, 2), Tile(32, 32, 8, 1)),
+        (2, 256): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
         (2, 512): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
         (4, 64): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
         (4, 128): (Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
@@ -382,7 +382,8 @@ def decode_tile(problem: Problem, forward: Tile) -> Tile:
     rich = richness(problem) == RICH
     tile = replace(forward, block_kv=min(forward.block_kv, BITMAP_TILE))
     if rich:
-        tile = replace(tile, block_q=min(forward.block_q, 32), stages=1)
+        most = forward.block_q if max(problem.head_dim, problem.v_dim) <= 64 else 32
+        tile = replace(tile, block_q=min(forward.block_q, most), stages=1)
     if problem.dtype.itemsize == 4:
         small = max(problem.head_dim, problem.v_dim) <= 64
         tile = Tile(32 if small else 16, 32 if small and not rich else 16, 8, 1)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .arguments import Arguments
-from .attend import FEW, load_keys
+from .attend import FEW, load_keys, unknown
 from .primitives import (
     INF,
     LOG2E,
@@ -214,12 +214,12 @@ def gradients_in_steps(
     tile = product_in_steps(
         row_place(call.q, rows.batch, rows.head, rows.query), rows.live, call.q.stride[3],
         keys.k.at + place * keys.k.stride[0], there, keys.k.stride[1],
-        HEAD_DIM, PADDED_DIM, KEYS_FIRST,
+        unknown(call, PADDED_DIM), HEAD_DIM, PADDED_DIM, KEYS_FIRST,
     )  # fmt: skip
     d_weights = product_in_steps(
         row_place(call.d_out, rows.batch, rows.head, rows.query), rows.live, call.d_out.stride[3],
         keys.v.at + place * keys.v.stride[0], there, keys.v.stride[1],
-        V_DIM, PADDED_V, KEYS_FIRST,
+        unknown(call, PADDED_V), V_DIM, PADDED_V, KEYS_FIRST,
     )  # fmt: skip
     lse = row_place(call.lse, rows.batch, rows.head, rows.query)
     delta = row_place(call.delta, rows.batch, rows.head, rows.query)
@@ -237,15 +237,16 @@ def product_in_steps(
     b,
     b_live,
     b_stride,
+    padded,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     SWAPPED: tl.constexpr,
 ):
     """The products of the rows that begin at the pointers ``a`` with those at ``b``, ``[a, b]``, or
-    ``[b, a]`` if ``SWAPPED``."""
+    ``[b, a]`` if ``SWAPPED``. ``padded`` is ``PADDED`` as the limit of a loop (``unknown``)."""
     STEP: tl.constexpr = 64 if PADDED > 64 else PADDED
     total = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
-    for start in tl.range(0, PADDED, STEP, num_stages=1):
+    for start in tl.range(0, padded, STEP, num_stages=1):
         column = start + tl.arange(0, STEP)
         x = load_where(a[:, None] + column[None, :] * a_stride, a_live, column, DIM, PADDED)
         y = load_where(b[:, None] + column[None, :] * b_stride, b_live, column, DIM, PADDED)
@@ -258,9 +259,8 @@ def product_in_steps(
 
 @triton.constexpr_function
 def columns_at_once(dtype, padded):
-    """Columns of its result that the careful pass holds: 256 bytes of a row in two-byte dtypes, 128
-    in float32, whose products need more registers."""
-    return min(padded, 128 if dtype.primitive_bitwidth == 16 else 32)
+    """Columns of its result that the careful pass holds: 128 bytes of a row."""
+    return min(padded, 64 if dtype.primitive_bitwidth == 16 else 32)
 
 
 @triton.constexpr_function
