@@ -189,11 +189,13 @@ void forward_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Sp
 // forward_tile for few rows: the same steps, on keys and values where they lie. Lanes without a row hold
 // weights of the tile before, finite and not used.
 template <class E, class N>
-void few_rows_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Span span, bool partial,
+void few_rows_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Span span, Span next, bool partial,
                    std::int64_t kv_head, float* run, float* sum) {
   const std::int64_t keys = span.stop - span.start, v_width = padded(c.v_dim), words = row_words<E>(c.head_dim);
-  const auto k = row_pointers<N>(c, c.k, s.batch, kv_head, span, w.row);
-  const auto v = row_pointers<N>(c, c.v, s.batch, kv_head, span, w.row);
+  auto k = row_pointers<N>(c, c.k, s.batch, kv_head, span, w.row);
+  auto v = row_pointers<N>(c, c.v, s.batch, kv_head, span, w.row);
+  look_ahead(k, keys, v, keys);
+  look_ahead(v, keys, row_pointers<N>(c, c.k, s.batch, kv_head, next, w.row), next.stop - next.start);
   each_group(s.rows, [&](auto count, std::int64_t r) {
     score_rows<decltype(count)::value>(k, keys, w.query_rows + r * words, words, c.head_dim, scaling(c).product,
                                        w.scores + r);
@@ -218,14 +220,14 @@ void few_rows_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, S
   });
 }
 template <class E>
-void few_rows_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Span span, bool partial,
+void few_rows_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Span span, Span next, bool partial,
                    std::int64_t kv_head, float* run, float* sum) {
   if constexpr (kWidth<E> == 2) {
-    few_rows_tile<E, Bfloat>(c, s, w, span, partial, kv_head, run, sum);
+    few_rows_tile<E, Bfloat>(c, s, w, span, next, partial, kv_head, run, sum);
   } else {
-    if (c.k.dtype == TILEWISE_FLOAT32) few_rows_tile<E, float>(c, s, w, span, partial, kv_head, run, sum);
-    if (c.k.dtype == TILEWISE_FLOAT16) few_rows_tile<E, Half>(c, s, w, span, partial, kv_head, run, sum);
-    if (c.k.dtype == TILEWISE_BFLOAT16) few_rows_tile<E, Bfloat>(c, s, w, span, partial, kv_head, run, sum);
+    if (c.k.dtype == TILEWISE_FLOAT32) few_rows_tile<E, float>(c, s, w, span, next, partial, kv_head, run, sum);
+    if (c.k.dtype == TILEWISE_FLOAT16) few_rows_tile<E, Half>(c, s, w, span, next, partial, kv_head, run, sum);
+    if (c.k.dtype == TILEWISE_BFLOAT16) few_rows_tile<E, Bfloat>(c, s, w, span, next, partial, kv_head, run, sum);
   }
 }
 
@@ -286,7 +288,8 @@ void forward_strips(const tilewise_call& c, const ForwardSpace<E>& w, std::int64
       float* const sum = in_runs ? w.out + n * size : nullptr;
       if constexpr (kParts<E> == 1) {
         if (in_place) {
-          few_rows_tile(c, s, w, span, state == kPartial, kv_head, run(n), sum);
+          const Span next{j1 < high ? j1 : high, j1 + kAhead < high ? j1 + kAhead : high};
+        few_rows_tile(c, s, w, span, next, state == kPartial, kv_head, run(n), sum);
           continue;
         }
       }
