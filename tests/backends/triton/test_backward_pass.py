@@ -10,6 +10,7 @@ import torch
 
 import tilewise
 from tilewise import masks as m
+from tilewise.backends.triton import dkdv
 from tilewise.testing import tolerance
 from tilewise.testing.cases import FEATURES, Case, grid
 from tilewise.testing.poison import poisoned
@@ -114,6 +115,18 @@ def test_dimensions(dim, v_dim, dtype, tiles, compared):
     compared("triton backward, dimensions", 1)
 
 
+@pytest.mark.parametrize("mask", [None, "causal", "random"])
+@pytest.mark.parametrize("options", [{}, {"bias": "hqk", "alibi": "h", "dropout_p": 0.2}])
+def test_large_dimensions_take_a_launch_for_each_of_dk_and_dv(mask, options, tiles, monkeypatch):
+    tiles(32, 32)
+    turns, seen = dkdv.turns, []
+    monkeypatch.setattr(
+        dkdv, "turns", lambda *call: [seen.append(turn) or turn for turn in turns(*call)]
+    )
+    check(Case(1, 2, 1, 40, 45, 272, 16, dtype=torch.float16, mask=mask, **options), tiles=2)
+    assert [(d_k is None, d_v is None) for d_k, d_v, _ in seen] == [(True, False), (False, True)]
+
+
 # Packed sequences, whose rows stand elsewhere than their index says.
 
 
@@ -180,9 +193,22 @@ WIDE = {
 def test_nothing_leaks_from_a_hidden_pair(what, form, where, tiles):
     """An entry that is no number spoils what it is seen by or sees, and changes nothing else."""
     tiles(32, 32)
+    check_that_nothing_leaks(what, form, where, 8)
+
+
+@pytest.mark.parametrize("form", ["band", "bitmap"])
+@pytest.mark.parametrize("where", ["q", "d_out"])
+def test_nothing_leaks_where_dk_and_dv_have_a_launch_each(form, where, tiles):
+    tiles(32, 32)
+    check_that_nothing_leaks(INF, form, where, 272)
+
+
+def check_that_nothing_leaks(what: float, form: str, where: str, dim: int) -> None:
     generator = torch.Generator().manual_seed(3)
     n, spoiled = 70, 40
-    x = {name: torch.randn(1, 1, n, 8, generator=generator) for name in ("q", "k", "v", "d_out")}
+    x = {name: torch.randn(1, 1, n, dim, generator=generator) for name in ("q", "k", "v", "d_out")}
+    if dim > 128:  # which float32 does not take
+        x = {name: each.half() for name, each in x.items()}
     mask = WIDE[form]()
     frame = tilewise.frame.Frame.plain(1, 1, n, n, torch.device("cpu"))
     visible = mask.contains(frame.entries(0, n)).expand(1, 1, n, n)[0, 0]
@@ -207,7 +233,8 @@ def test_nothing_leaks_from_a_hidden_pair(what, form, where, tiles):
         spared = ~(rows if name == "q" else keys)
         error = (a - b)[0, 0, spared].abs().max()
         # The careful way adds in tiles of another size.
-        assert error <= 64 * 2**-24 * b.abs().max(), name
+        rounding = 64 * 2**-24 if b.dtype == torch.float32 else torch.finfo(b.dtype).eps
+        assert error <= rounding * b.abs().max(), name
     if where == "d_out":
         assert not dirty[2][0, 0, keys, 5].isfinite().any(), "what is seen shows"
         assert dirty[2][0, 0, keys, :5].isfinite().all()

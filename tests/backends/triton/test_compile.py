@@ -14,6 +14,11 @@ SETTLED = (
     ("sm_90", "forward float16 d128 band"),
     ("sm_90", "forward float16 d128 ranges"),
     ("sm_90", "decode 1 float16 d128 band"),
+    ("sm_90", "dkdv float16 d128 band"),
+    ("sm_90", "dkdv careful float16 d256 ranges"),
+    ("sm_90", "dk float16 d512 ranges"),
+    ("sm_90", "dq float16 d128 ranges"),
+    ("sm_86", "dkdv float32 d128 ranges"),
     ("gfx942", "forward float16 d128 band"),
 )
 
