@@ -127,6 +127,13 @@ def test_large_dimensions_take_a_launch_for_each_of_dk_and_dv(mask, options, til
     assert [(d_k is None, d_v is None) for d_k, d_v, _ in seen] == [(True, False), (False, True)]
 
 
+@pytest.mark.parametrize("mask", ["causal", "random"])
+def test_float32_with_options_goes_by_steps_of_columns(mask, tiles):
+    tiles(32, 32)
+    options = {"bias": "hqk", "alibi": "h", "softcap": 5.0, "dropout_p": 0.2}
+    check(Case(1, 2, 1, 40, 45, 72, 80, mask=mask, **options), tiles=2)
+
+
 # Packed sequences, whose rows stand elsewhere than their index says.
 
 

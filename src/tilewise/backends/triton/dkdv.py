@@ -146,7 +146,7 @@ def add_queries(
         if KEYS_FIRST:
             keep = tl.trans(keep)
     queries = load_sources(call, rows, HEAD_DIM, V_DIM, k.shape[1], v.shape[1])
-    if is_wide(k.shape[1], v.shape[1], RAW):
+    if is_wide(k.dtype, k.shape[1], v.shape[1], RAW):
         at_k = operand_of_head(call.k, batch, head // call.group)
         keys = Keys(at_k, operand_of_head(call.v, batch, head // call.group), None, 0, 0)
         weights, d_scores, d_products = gradients_in_steps(

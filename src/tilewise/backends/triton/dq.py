@@ -103,7 +103,7 @@ def visit_keys(
         k, v = load_pair(
             keys, start, live, BLOCK_KV, HEAD_DIM, V_DIM, tile.shape[1], queries.d_out.shape[1]
         )
-        if is_wide(tile.shape[1], queries.d_out.shape[1], RAW):
+        if is_wide(queries.q.dtype, tile.shape[1], queries.d_out.shape[1], RAW):
             _, d_scores, d_products = gradients_in_steps(
                 call, keys, rows, key, visible, keep,
                 RAW, HEAD_DIM, V_DIM, tile.shape[1], queries.d_out.shape[1], False,

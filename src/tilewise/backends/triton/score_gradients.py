@@ -264,7 +264,10 @@ def columns_at_once(dtype, padded):
 
 
 @triton.constexpr_function
-def is_wide(padded_dim, padded_v, raw):
+def is_wide(dtype, padded_dim, padded_v, raw):
     """Whether products are to be computed in steps of a few columns: their factors, whole rows,
-    would fill the registers, the sooner the more a score takes of them."""
-    return padded_dim + padded_v > (512 if raw else 256)
+    would fill the registers, the sooner the more a score takes of them. Without matrix
+    instructions, in float32, a thread holds more of them."""
+    if raw:
+        return padded_dim + padded_v > 512
+    return padded_dim + padded_v > (128 if dtype.primitive_bitwidth == 32 else 256)
