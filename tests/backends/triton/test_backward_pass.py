@@ -128,10 +128,12 @@ def test_large_dimensions_take_a_launch_for_each_of_dk_and_dv(mask, options, til
 
 
 @pytest.mark.parametrize("mask", ["causal", "random"])
-def test_float32_with_options_goes_by_steps_of_columns(mask, tiles):
-    tiles(32, 32)
+@pytest.mark.parametrize("size", [(32, 32), (16, 32), (32, 16)], ids=str)
+def test_float32_with_options_goes_by_steps_of_columns(size, mask, tiles):
+    """In tiles of every orientation."""
+    tiles(*size)
     options = {"bias": "hqk", "alibi": "h", "softcap": 5.0, "dropout_p": 0.2}
-    check(Case(1, 2, 1, 40, 45, 72, 80, mask=mask, **options), tiles=2)
+    check(Case(1, 2, 1, 40, 45, 72, 80, mask=mask, **options), tiles=-(-45 // size[1]))
 
 
 # Packed sequences, whose rows stand elsewhere than their index says.

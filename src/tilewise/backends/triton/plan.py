@@ -1,7 +1,8 @@
 """Tile sizes, warps and stages: a function of the Problem and of the architecture.
 
-The tables hold, for each family of GPUs, tiles that compile without a spill and within the shared
-memory of its smallest member (``tilewise kernels`` shows it); none was measured on a GPU yet.
+The tables hold, for each family of GPUs, tiles within the shared memory of its smallest member. On
+sm_90 they compile without a spill, elsewhere some do not yet (``tilewise kernels`` shows it); none
+was measured on a GPU yet.
 """
 
 from __future__ import annotations

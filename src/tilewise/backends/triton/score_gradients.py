@@ -245,7 +245,8 @@ def product_in_steps(
     """The products of the rows that begin at the pointers ``a`` with those at ``b``, ``[a, b]``, or
     ``[b, a]`` if ``SWAPPED``. ``padded`` is ``PADDED`` as the limit of a loop (``unknown``)."""
     STEP: tl.constexpr = 64 if PADDED > 64 else PADDED
-    total = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
+    ROWS: tl.constexpr = b.shape[0] if SWAPPED else a.shape[0]
+    total = tl.zeros((ROWS, a.shape[0] if SWAPPED else b.shape[0]), tl.float32)
     for start in tl.range(0, padded, STEP, num_stages=1):
         column = start + tl.arange(0, STEP)
         x = load_where(a[:, None] + column[None, :] * a_stride, a_live, column, DIM, PADDED)
