@@ -5,7 +5,7 @@
 namespace {
 
 constexpr std::int64_t kFewRows = 8;   // rows of a kv head, q_heads / kv_heads * q_len
-constexpr std::int64_t kAhead = 16;      // rows asked for in advance: 4 KB at head_dim 128 in bfloat16
+constexpr std::int64_t kAhead = 32;      // rows asked for in advance: 8 KB at head_dim 128 in bfloat16
 constexpr std::int64_t kBlockKeys = 32;  // keys whose values are added to O at once
 
 struct Half {
@@ -27,42 +27,46 @@ inline bool reads_in_place(const tilewise_call& c) {
          c.v.stride[3] == 1 && c.head_dim % (kLanes * kWidth<E>) == 0 && c.v_dim % kLanes == 0;
 }
 
-// The rows of a tile of keys or values, and for each the one that is read kAhead rows later. Beyond an odd last row
-// stands one of zeros, which completes a pair.
+// The rows of a tile of keys or values; behind the last stands one of zeros, which completes a pair. ahead(j) is
+// the row kAhead further, also of the tiles that follow: asking for it there does no harm if it does not exist.
+// Addresses are reckoned, not looked up: from an array they cost a fifth of the speed.
 template <class N>
-struct RowPointers {
-  const N* at[kKeys + 1];
-  const N* ahead[kKeys + 1];
+struct EvenRows {
+  const N *first, *zeros;
+  std::int64_t step, count;
+  EvenRows(const tilewise_call& c, const tilewise_tensor& t, std::int64_t b, std::int64_t head, Span span,
+           const void* none)
+      : first(static_cast<const N*>(t.data) + key_offset(c, t, b, head, span.start)),
+        zeros(static_cast<const N*>(none)), step(t.stride[2]), count(span.stop - span.start) {}
+  const N* at(std::int64_t j) const { return j < count ? first + j * step : zeros; }
+  const N* ahead(std::int64_t j) const { return first + (j + kAhead) * step; }
 };
-template <class N>
-inline RowPointers<N> row_pointers(const tilewise_call& c, const tilewise_tensor& t, std::int64_t b,
-                                   std::int64_t head, Span span, const void* zeros) {
-  RowPointers<N> rows;
-  for (std::int64_t j = span.start; j < span.stop; ++j)
-    rows.at[j - span.start] = static_cast<const N*>(t.data) + key_offset(c, t, b, head, j);
-  rows.at[span.stop - span.start] = static_cast<const N*>(zeros);
-  return rows;
-}
 
-// The `rows` [0, count) are followed by those of `next`.
+// The same where keys lie in pages.
 template <class N>
-inline void look_ahead(RowPointers<N>& rows, std::int64_t count, const RowPointers<N>& next,
-                       std::int64_t next_count) {
-  for (std::int64_t j = 0; j < count; ++j) {
-    const std::int64_t to = j + kAhead;
-    rows.ahead[j] = to < count ? rows.at[to] : to - count < next_count ? next.at[to - count] : rows.at[j];
+struct PagedRows {
+  const N* rows[kKeys + kAhead + 1];
+  PagedRows(const tilewise_call& c, const tilewise_tensor& t, std::int64_t b, std::int64_t head, Span span,
+            const void* none) {
+    const std::int64_t count = span.stop - span.start;
+    for (std::int64_t j = 0; j < count + kAhead; ++j) {
+      const std::int64_t key = span.start + j < c.kv_len ? span.start + j : c.kv_len - 1;
+      rows[j < count ? j : j + 1] = static_cast<const N*>(t.data) + key_offset(c, t, b, head, key);
+    }
+    rows[count] = static_cast<const N*>(none);
   }
-  rows.ahead[count] = rows.at[count];
-}
+  const N* at(std::int64_t j) const { return rows[j]; }
+  const N* ahead(std::int64_t j) const { return rows[j + kAhead]; }
+};
 template <class N>
 inline void ask_for(const N* row, std::int64_t dim) {
   constexpr std::int64_t line = 64 / sizeof(N);
   for (std::int64_t d = 0; d < dim; d += line) __builtin_prefetch(row + d, 0, 3);
 }
 
-// Lane i of the result is the sum over the lanes of x[i].
-template <int Count = kLanes>
-__attribute__((always_inline)) inline Vec add_lanes(const Vec* x) {
+// Lane i of the result is what `both` makes of the lanes of x[i].
+template <int Count = kLanes, class F>
+__attribute__((always_inline)) inline Vec across_lanes(const Vec* x, const F& both) {
   if constexpr (Count == 1) {
     return x[0];
   } else {
@@ -70,9 +74,9 @@ __attribute__((always_inline)) inline Vec add_lanes(const Vec* x) {
 #pragma GCC unroll 8
     for (int i = 0; i < Count / 2; ++i) {
       const IntVec a = bits(x[i]), b = bits(x[i + Count / 2]);
-      half[i] = from_bits(zip_low(a, b)) + from_bits(zip_high(a, b));
+      half[i] = both(from_bits(zip_low(a, b)), from_bits(zip_high(a, b)));
     }
-    return add_lanes<Count / 2>(half);
+    return across_lanes<Count / 2>(half, both);
   }
 }
 
@@ -85,9 +89,9 @@ inline Vec multiply_numbers(const E* query, const N* key, Vec sum) {
   }
 }
 
-// S^T for Rows query rows: tile[j][r] = factor * k_j q_r.
-template <int Rows, class E, class N>
-inline void score_rows(const RowPointers<N>& k, std::int64_t keys, const E* queries, std::int64_t words,
+// S for Rows query rows: tile[r][j] = factor * q_r k_j, in rows of kKeys.
+template <int Rows, class E, class Keys>
+inline void score_rows(const Keys& k, std::int64_t keys, const E* queries, std::int64_t words,
                        std::int64_t dim, float factor, float* tile) {
   constexpr int kGroup = kLanes / Rows;  // keys whose sums fill a vector
   for (std::int64_t j = 0; j < keys; j += kGroup) {
@@ -96,18 +100,19 @@ inline void score_rows(const RowPointers<N>& k, std::int64_t keys, const E* quer
     for (int i = 0; i < kLanes; ++i) sum[i] = Vec{};
 #pragma GCC unroll 16
     for (int g = 0; g < kGroup; ++g) {  // key by key, as they lie
-      const N* row = k.at[j + g < keys ? j + g : keys - 1];
-      ask_for(k.ahead[j + g < keys ? j + g : keys - 1], dim);
+      const std::int64_t key = j + g < keys ? j + g : keys - 1;
+      const auto* row = k.at(key);
+      ask_for(k.ahead(key), dim);
       for (std::int64_t d = 0; d < dim; d += kLanes * kWidth<E>)
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r)
-          sum[g * Rows + r] = multiply_numbers(queries + r * words + d / kWidth<E>, row + d, sum[g * Rows + r]);
+          sum[r * kGroup + g] =
+              multiply_numbers(queries + r * words + d / kWidth<E>, row + d, sum[r * kGroup + g]);
     }
-    const Vec total = add_lanes(sum) * factor;
-    alignas(64) float by_key[kLanes];
-    store(by_key, total);
-    for (int g = 0; g < kGroup && j + g < keys; ++g)
-      std::memcpy(tile + (j + g) * kRows, by_key + g * Rows, Rows * sizeof(float));
+    const Vec total = across_lanes(sum, [](Vec a, Vec b) { return a + b; }) * factor;
+    alignas(64) float by_row[kLanes];
+    store(by_row, total);
+    for (int r = 0; r < Rows; ++r) std::memcpy(tile + r * kKeys + j, by_row + r * kGroup, kGroup * sizeof(float));
   }
 }
 
@@ -134,10 +139,18 @@ inline Vec multiply_columns(const E* weight, Words columns, Vec sum) {
   }
 }
 
-// O += P V for Rows query rows and Vectors columns, over some keys; weights[p][r] holds the element p of row r. The
+// Weights of a tile: the element p of row r is at[p * step + r * row].
+template <class E>
+struct Weights {
+  const E* at;
+  std::int64_t step, row;
+  Weights from(std::int64_t r) const { return {at + r * row, step, row}; }
+};
+
+// O += P V for Rows query rows and Vectors columns, over some keys. The
 // first to read a row, of `ask` numbers, asks for one to come; for the others `ask` is 0.
-template <int Rows, int Vectors, class E, class N>
-inline void value_columns(const RowPointers<N>& v, Span keys, const E* weights, std::int64_t d, float* out,
+template <int Rows, int Vectors, class E, class Values>
+inline void value_columns(const Values& v, Span keys, Weights<E> weights, std::int64_t d, float* out,
                           std::int64_t out_row, std::int64_t ask) {
   Vec sum[Rows][Vectors];
 #pragma GCC unroll 8
@@ -145,15 +158,15 @@ inline void value_columns(const RowPointers<N>& v, Span keys, const E* weights, 
 #pragma GCC unroll 8
     for (int i = 0; i < Vectors; ++i) sum[r][i] = Vec{};
   for (std::int64_t j = keys.start; j < keys.stop; j += kWidth<E>) {
-    ask_for(v.ahead[j], ask);
-    if constexpr (kWidth<E> == 2) ask_for(v.ahead[j + 1], ask);
+    ask_for(v.ahead(j), ask);
+    if constexpr (kWidth<E> == 2) ask_for(v.ahead(j + 1), ask);
     IntVec values[Vectors];
-    load_columns<Vectors, E>(v.at[j] + d, v.at[j + kWidth<E> - 1] + d, values);
+    load_columns<Vectors, E>(v.at(j) + d, v.at(j + kWidth<E> - 1) + d, values);
 #pragma GCC unroll 8
     for (int i = 0; i < Vectors; ++i)
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r)
-        sum[r][i] = multiply_columns(weights + j / kWidth<E> * kRows + r, values[i], sum[r][i]);
+        sum[r][i] = multiply_columns(weights.at + j / kWidth<E> * weights.step + r * weights.row, values[i], sum[r][i]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
@@ -166,8 +179,8 @@ inline void value_columns(const RowPointers<N>& v, Span keys, const E* weights, 
 
 // The same for all columns. Few query rows at a time, so that there are registers for many columns, and the values
 // of a key are read at a stretch: that is a stream to the processor, which then runs ahead of it.
-template <int Rows, class E, class N>
-inline void value_rows(const RowPointers<N>& v, std::int64_t keys, const E* weights, std::int64_t dim, float* out,
+template <int Rows, class E, class Values>
+inline void value_rows(const Values& v, std::int64_t keys, Weights<E> weights, std::int64_t dim, float* out,
                        std::int64_t out_row) {
   constexpr int kTogether = Rows < 2 ? Rows : 2, kMost = kAccumulators >= 16 ? 8 : 4;
   for (std::int64_t j0 = 0; j0 < keys; j0 += kBlockKeys) {
@@ -175,7 +188,7 @@ inline void value_rows(const RowPointers<N>& v, std::int64_t keys, const E* weig
     for (std::int64_t d = 0; d < dim;) {
       const auto columns = [&](auto vectors) {
         for (int r = 0; r < Rows; r += kTogether)
-          value_columns<kTogether, decltype(vectors)::value>(v, block, weights + r, d, out + r * out_row, out_row,
+          value_columns<kTogether, decltype(vectors)::value>(v, block, weights.from(r), d, out + r * out_row, out_row,
                                                              r + d == 0 ? dim : 0);
         d += decltype(vectors)::value * kLanes;
       };
@@ -190,12 +203,12 @@ inline void value_rows(const RowPointers<N>& v, std::int64_t keys, const E* weig
   }
 }
 
-template <class N>
-inline bool all_finite(const RowPointers<N>& rows, std::int64_t count, std::int64_t dim) {
+template <class Values>
+inline bool all_finite(const Values& rows, std::int64_t count, std::int64_t dim) {
   IntVec broken{};
   for (std::int64_t j = 0; j < count; ++j)
     for (std::int64_t d = 0; d < dim; d += kLanes)
-      broken |= (bits(load_numbers(rows.at[j] + d)) & 0x7f800000) == 0x7f800000;
+      broken |= (bits(load_numbers(rows.at(j) + d)) & 0x7f800000) == 0x7f800000;
   return !is_any(broken);
 }
 

@@ -11,7 +11,8 @@ constexpr std::int64_t kStripsPerTask = 5;  // strips that share the keys and va
 template <class E>
 struct ForwardSpace {
   E *keys, *values, *query_rows, *queries, *weights;
-  float *row, *scores, *out, *out_run;
+  float *row, *scores, *few_scores, *out, *out_run;
+  E* few_weights;
   Strip* strips;
 };
 
@@ -27,95 +28,12 @@ inline ForwardSpace<E> forward_space(const tilewise_call& c) {
     memory.take(w.weights, kKeys * kRows);
     memory.take(w.row, v_width);
     memory.take(w.scores, kKeys * kRows);
+    memory.take(w.few_scores, kFewRows * kKeys);
+    memory.take(w.few_weights, kFewRows * elements<E>(kKeys));
     for (float** array : {&w.out, &w.out_run}) memory.take(*array, n * kRows * v_width);
     memory.take(w.strips, n);
   });
   return w;
-}
-
-// P = 2^(S unit - m) in place of S. Four sums of 32 err less than one of 128, and so does l.
-inline Vec exponentiate(float* tile, std::int64_t keys, Vec unit, Vec shift) {
-  Vec total[4] = {Vec{}, Vec{}, Vec{}, Vec{}};
-  const auto weight = [&](std::int64_t j) {
-    const Vec p = exp2_vec(load(tile + j * kRows) * unit - shift);
-    store(tile + j * kRows, p);
-    return p;
-  };
-  std::int64_t j = 0;
-  for (; j + 4 <= keys; j += 4) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) total[i] += weight(j + i);
-  }
-  for (; j < keys; ++j) total[0] += weight(j);
-  return (total[0] + total[1]) + (total[2] + total[3]);
-}
-
-// P rounded to pairs: the tile itself stays S.
-inline Vec exponentiate(const float* tile, std::int64_t keys, Vec unit, Vec shift, Pair* weights) {
-  Vec total[2] = {Vec{}, Vec{}};
-  for (std::int64_t j = 0; j < keys; j += 2) {
-    const Vec even = exp2_vec(load(tile + j * kRows) * unit - shift);
-    const Vec odd = j + 1 < keys ? exp2_vec(load(tile + (j + 1) * kRows) * unit - shift) : Vec{};
-    total[0] += even;
-    total[1] += odd;
-    store_words(weights + j / 2 * kRows, pair_words(even, odd));
-  }
-  return total[0] + total[1];
-}
-// Floats are not packed.
-inline Vec exponentiate(float* tile, std::int64_t keys, Vec unit, Vec shift, float*) {
-  return exponentiate(tile, keys, unit, shift);
-}
-
-inline Vec tile_maximum(const float* tile, std::int64_t keys) {
-  Vec highest[2] = {all(-kInfinity), all(-kInfinity)};  // two chains hide the latency of the maximum
-  std::int64_t j = 0;
-  for (; j + 2 <= keys; j += 2) {
-    highest[0] = larger(load(tile + j * kRows), highest[0]);
-    highest[1] = larger(load(tile + (j + 1) * kRows), highest[1]);
-  }
-  if (j < keys) highest[0] = larger(load(tile + j * kRows), highest[0]);
-  return larger(highest[0], highest[1]);
-}
-
-// S unit - m is one multiply-add, in which m carries its own rounding: an error that all weights of a row
-// share, so that it cancels, as long as 2^error is a number. Rows with a larger m are scaled first.
-constexpr float kLargestShift = 4194304.0f;  // 2^22: the error is at most 1/4
-
-// The unit that is left for each row, after those that need it have been scaled.
-inline Vec scale_large(float* tile, std::int64_t keys, Vec unit, Vec maximum) {
-  const auto large = (maximum > kLargestShift) | ((maximum < -kLargestShift) & (maximum != -kInfinity));
-  if (!is_any(large)) return unit;
-  const Vec factor = large ? unit : all(1.0f);
-  for (std::int64_t j = 0; j < keys; ++j) store(tile + j * kRows, load(tile + j * kRows) * factor);
-  return large ? all(1.0f) : unit;
-}
-
-// m, l and P = 2^(S unit - m); rescale[r] = 2^(m_old - m_new). True if any is not 1. P is left in `weights`,
-// or in the tile if that is null. l is summed as Kahan does: a running sum of the 128 tiles of 16,384 keys
-// would err by more than all else in a row.
-template <class E>
-inline bool online_softmax_update(Strip& s, float* tile, std::int64_t keys, float unit_of_call, float* rescale,
-                                  E* weights) {
-  bool changed = false;
-  for (int v = 0; v < s.lanes; v += kLanes) {
-    const Vec before = load(s.maximum + v);
-    const Vec maximum = larger(tile_maximum(tile + v, keys) * all(unit_of_call), before);
-    const Vec unit = scale_large(tile + v, keys, all(unit_of_call), maximum);
-    // A row that has seen no key keeps m = -inf; -inf - (-inf) would be NaN.
-    const Vec shift = maximum == -kInfinity ? all(0.0f) : maximum;
-    const Vec shrink = exp2_vec(before - shift);
-    const Vec total = weights ? exponentiate(tile + v, keys, unit, shift, weights + v)
-                              : exponentiate(tile + v, keys, unit, shift);
-    const Vec kept = load(s.total + v) * shrink, added = load(s.total_rest + v) * shrink + total;
-    const Vec sum = kept + added;
-    store(s.maximum + v, maximum);
-    store(s.total + v, sum);
-    store(s.total_rest + v, added - (sum - kept));
-    store(rescale + v, shrink);
-    changed |= is_any(shrink != 1.0f);
-  }
-  return changed;
 }
 
 // O += P V where some hidden key's value is inf or NaN: only what is visible takes part.
@@ -156,13 +74,6 @@ inline Left<Pair> weights_along_keys(const float*, Pair* weights, std::int64_t k
   return along_packed_keys(weights, kRows, keys, lanes);
 }
 
-// O *= rescale, row by row.
-inline void rescale_rows(std::int64_t rows, const float* rescale, float* out, std::int64_t width) {
-  for (std::int64_t r = 0; r < rows; ++r)
-    if (rescale[r] != 1.0f)
-      for (std::int64_t d = 0; d < width; ++d) out[r * width + d] *= rescale[r];
-}
-
 // Adds to `run`; `sum` holds the runs before it, or is null.
 template <class E>
 void forward_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Span span, bool partial, Left<E> k,
@@ -186,26 +97,34 @@ void forward_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Sp
   }
 }
 
-// forward_tile for few rows: the same steps, on keys and values where they lie. Lanes without a row hold
-// weights of the tile before, finite and not used.
-template <class E, class N>
-void few_rows_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Span span, Span next, bool partial,
-                   std::int64_t kv_head, float* run, float* sum) {
+// forward_tile for few rows: the same steps, on keys and values where they lie. Where scores are but products,
+// and no key is hidden, they stay in rows; the lanes without a row of a strip's tile hold zeros.
+template <class E, class Rows>
+void few_rows_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Span span, bool partial,
+                   const Rows& k, const Rows& v, std::int64_t kv_head, float* run, float* sum) {
   const std::int64_t keys = span.stop - span.start, v_width = padded(c.v_dim), words = row_words<E>(c.head_dim);
-  auto k = row_pointers<N>(c, c.k, s.batch, kv_head, span, w.row);
-  auto v = row_pointers<N>(c, c.v, s.batch, kv_head, span, w.row);
-  look_ahead(k, keys, v, keys);
-  look_ahead(v, keys, row_pointers<N>(c, c.k, s.batch, kv_head, next, w.row), next.stop - next.start);
   each_group(s.rows, [&](auto count, std::int64_t r) {
     score_rows<decltype(count)::value>(k, keys, w.query_rows + r * words, words, c.head_dim, scaling(c).product,
-                                       w.scores + r);
+                                       w.few_scores + r * kKeys);
   });
-  cap_and_bias(c, s, span, w.scores, nullptr);
-  if (partial) mask_tile(c, s, span.start, span.stop, w.scores);
+  const bool plain = !partial && c.softcap == 0.0f && !has_bias(c);
   const bool careful = partial && !all_finite(v, keys, c.v_dim);
   alignas(64) float rescale[kRows];
-  E* const packed = careful || kWidth<E> == 1 ? nullptr : w.weights;
-  if (online_softmax_update(s, w.scores, keys, scaling(c).unit, rescale, packed)) {
+  bool changed;
+  Weights<E> weights{w.few_weights, 1, elements<E>(kKeys)};
+  if (plain) {
+    changed = row_softmax_update(s, w.few_scores, keys, scaling(c).unit, rescale, w.few_weights);
+  } else {
+    for (std::int64_t j = 0; j < keys; ++j)
+      for (int r = 0; r < s.lanes; ++r) w.scores[j * kRows + r] = r < s.rows ? w.few_scores[r * kKeys + j] : 0.0f;
+    cap_and_bias(c, s, span, w.scores, nullptr);
+    if (partial) mask_tile(c, s, span.start, span.stop, w.scores);
+    E* const packed = careful || kWidth<E> == 1 ? nullptr : w.weights;
+    changed = online_softmax_update(s, w.scores, keys, scaling(c).unit, rescale, packed);
+    weights = {packed, kRows, 1};
+  }
+  if constexpr (kWidth<E> == 1) weights.at = plain ? w.few_scores : w.scores;
+  if (changed) {
     rescale_rows(s.rows, rescale, run, v_width);
     if (sum) rescale_rows(s.rows, rescale, sum, v_width);
   }
@@ -213,21 +132,32 @@ void few_rows_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, S
     accumulate_visible(c, s, span.start, span.stop, w.scores, kv_head, run, v_width);
     return;
   }
-  const E* weights = packed;
-  if constexpr (kWidth<E> == 1) weights = w.scores;
   each_group(s.rows, [&](auto count, std::int64_t r) {
-    value_rows<decltype(count)::value>(v, keys, weights + r, c.v_dim, run + r * v_width, v_width);
+    value_rows<decltype(count)::value>(v, keys, weights.from(r), c.v_dim, run + r * v_width, v_width);
   });
 }
+template <class E, class N>
+void few_rows_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Span span, bool partial,
+                   std::int64_t kv_head, float* run, float* sum) {
+  const auto run_on = [&](const auto& k) {
+    const std::decay_t<decltype(k)> v(c, c.v, s.batch, kv_head, span, w.row);
+    few_rows_tile(c, s, w, span, partial, k, v, kv_head, run, sum);
+  };
+  if (c.page_table) {
+    run_on(PagedRows<N>(c, c.k, s.batch, kv_head, span, w.row));
+  } else {
+    run_on(EvenRows<N>(c, c.k, s.batch, kv_head, span, w.row));
+  }
+}
 template <class E>
-void few_rows_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Span span, Span next, bool partial,
+void few_rows_tile(const tilewise_call& c, Strip& s, const ForwardSpace<E>& w, Span span, bool partial,
                    std::int64_t kv_head, float* run, float* sum) {
   if constexpr (kWidth<E> == 2) {
-    few_rows_tile<E, Bfloat>(c, s, w, span, next, partial, kv_head, run, sum);
+    few_rows_tile<E, Bfloat>(c, s, w, span, partial, kv_head, run, sum);
   } else {
-    if (c.k.dtype == TILEWISE_FLOAT32) few_rows_tile<E, float>(c, s, w, span, next, partial, kv_head, run, sum);
-    if (c.k.dtype == TILEWISE_FLOAT16) few_rows_tile<E, Half>(c, s, w, span, next, partial, kv_head, run, sum);
-    if (c.k.dtype == TILEWISE_BFLOAT16) few_rows_tile<E, Bfloat>(c, s, w, span, next, partial, kv_head, run, sum);
+    if (c.k.dtype == TILEWISE_FLOAT32) few_rows_tile<E, float>(c, s, w, span, partial, kv_head, run, sum);
+    if (c.k.dtype == TILEWISE_FLOAT16) few_rows_tile<E, Half>(c, s, w, span, partial, kv_head, run, sum);
+    if (c.k.dtype == TILEWISE_BFLOAT16) few_rows_tile<E, Bfloat>(c, s, w, span, partial, kv_head, run, sum);
   }
 }
 
@@ -252,7 +182,8 @@ void forward_strips(const tilewise_call& c, const ForwardSpace<E>& w, std::int64
   const bool in_runs = keys.stop - keys.start > kRunLength * kKeys;
   const bool in_place = reads_in_place<E>(c);
   if (in_place) {
-    std::memset(w.scores, 0, kKeys * kRows * sizeof(float));
+    std::memset(w.few_scores, 0, kFewRows * kKeys * sizeof(float));
+    std::memset(w.few_weights, 0, static_cast<std::size_t>(kFewRows * elements<E>(kKeys)) * sizeof(E));
     std::memset(w.row, 0, static_cast<std::size_t>(v_width) * sizeof(float));
   }
   const auto run = [&](std::int64_t n) { return (in_runs ? w.out_run : w.out) + n * size; };
@@ -288,8 +219,7 @@ void forward_strips(const tilewise_call& c, const ForwardSpace<E>& w, std::int64
       float* const sum = in_runs ? w.out + n * size : nullptr;
       if constexpr (kParts<E> == 1) {
         if (in_place) {
-          const Span next{j1 < high ? j1 : high, j1 + kAhead < high ? j1 + kAhead : high};
-        few_rows_tile(c, s, w, span, next, state == kPartial, kv_head, run(n), sum);
+          few_rows_tile(c, s, w, span, state == kPartial, kv_head, run(n), sum);
           continue;
         }
       }

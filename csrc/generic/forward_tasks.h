@@ -73,7 +73,7 @@ bool split_forward(const tilewise_call& c, tilewise_parallel_for parallel_for) {
     Partial& p = partials[task];
     p.strip = w.strips[0];
     p.out = out + task * kRows * width;
-    std::memcpy(p.out, w.out, static_cast<std::size_t>(kRows * width) * sizeof(float));
+    std::memcpy(p.out, w.out, static_cast<std::size_t>(p.strip.rows * width) * sizeof(float));
   });
   return done && run_tasks(heads * strips, useful_threads(c), parallel_for, [&](std::int64_t task) {
            Partial* const mine = partials + task * runs;

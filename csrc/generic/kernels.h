@@ -9,6 +9,7 @@
 #include "strip.h"
 #include "scores.h"
 #include "few_rows.h"
+#include "softmax.h"
 #include "schedule.h"
 #include "forward.h"
 #include "forward_tasks.h"

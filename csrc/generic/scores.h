@@ -90,11 +90,11 @@ inline void add_biases(const tilewise_call& c, const Strip& s, std::int64_t j0, 
 struct Scaling {
   float product, unit;
 };
+inline bool has_bias(const tilewise_call& c) { return c.bias.data || c.relative_bias || c.alibi.data; }
 inline Scaling scaling(const tilewise_call& c) {
   const float factor = c.scale * kLog2E, size = std::fabs(factor);
   if (c.softcap != 0.0f) return {c.scale, 1.0f};
-  const bool is_bare = !c.bias.data && !c.relative_bias && !c.alibi.data;
-  if (is_bare && size > 1e-30f && size < 1e30f) return {std::copysign(1.0f, factor), size};
+  if (!has_bias(c) && size > 1e-30f && size < 1e30f) return {std::copysign(1.0f, factor), size};
   return {factor, 1.0f};
 }
 

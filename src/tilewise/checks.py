@@ -103,11 +103,15 @@ def check_lengths(lengths: object, q: Tensor, max_len: int) -> None:
         raise ValueError(
             f"lengths: shape is {list(lengths.shape)}; it must be [batch] = [{q.shape[0]}]"
         )
-    _require(
+    if not is_deferred(lengths):  # one read, where comparisons would be four steps of a short call
+        numbers = lengths.tolist()
+        if numbers and not (min(numbers) >= 0 and max(numbers) <= max_len):
+            raise ValueError(
+                f"lengths: got {numbers}; each must be from 0 to the cache's {max_len} keys"
+            )
+        return
+    torch._assert_async(
         ((lengths >= 0) & (lengths <= max_len)).all(),
-        lambda: (
-            f"lengths: got {lengths.tolist()}; each must be from 0 to the cache's {max_len} keys"
-        ),
         "lengths: a length is negative or beyond the cache",
     )
 
@@ -330,9 +334,16 @@ def _check_broadcast(name: str, x: Tensor, want: tuple[int, ...], words: str) ->
         )
 
 
+def is_deferred(x: Tensor) -> bool:
+    """Whether ``x`` cannot be read now: the call is being traced, or recorded as a CUDA graph."""
+    recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or recorded
+
+
 def _require(condition: Tensor, message: Callable[[], str], traced_message: str) -> None:
-    """Raise ValueError unless the bool tensor holds; asserted by the program when traced."""
-    if torch.compiler.is_compiling():
+    """Raise ValueError unless the bool tensor holds; where data is not to be read the program
+    asserts it."""
+    if is_deferred(condition):
         torch._assert_async(condition, traced_message)
     elif not bool(condition):
         raise ValueError(message())

@@ -56,7 +56,7 @@ def _lower(mask: Mask | None, frame: Frame) -> Lowered:
     stop = frame.row_stop()
     start = torch.zeros_like(stop)
     runs = [(start, stop)] if mask is None else mask.runs(frame)
-    if runs is not None:
+    if mask is not None and runs is not None:
         runs = run_algebra.normalise(runs, start, stop)
         if len(runs) > MOST_RUNS:
             # Whether a third run is ever used is in the data, which cannot be read while tracing.
@@ -67,14 +67,14 @@ def _lower(mask: Mask | None, frame: Frame) -> Lowered:
     if runs is None:
         assert mask is not None
         return _bitmap(mask, frame)
-    shape = torch.broadcast_shapes(
-        (1, 1, frame.q_len), *(tensor.shape for run in runs for tensor in run)
-    )
+    shape = (*runs[0][0].shape[:2], frame.q_len)
 
     def stacked(side: int) -> Tensor:
-        base = frame.base if isinstance(frame.base, int) else frame.base.unsqueeze(1)
-        columns = [(run[side] + base).expand(shape) for run in runs]
-        return torch.stack(columns, dim=-1).to(torch.int32)
+        columns = [run[side].unsqueeze(-1) for run in runs]
+        bounds = columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+        if isinstance(frame.base, Tensor):
+            bounds = bounds + frame.base[:, None, :, None]
+        return bounds.to(torch.int32).expand(*shape, -1)
 
     return Ranges(frame.q_len, frame.kv_len, stacked(0), stacked(1))
 

@@ -40,17 +40,17 @@ def normalise(runs: Runs, start: Tensor, stop: Tensor) -> Runs:
     """
     if not runs:
         return []
-    shape = torch.broadcast_shapes(start.shape, stop.shape, *(t.shape for run in runs for t in run))
-    starts = torch.stack([torch.maximum(s, start).expand(shape) for s, _ in runs])
-    stops = torch.stack([torch.minimum(e, stop).expand(shape) for _, e in runs])
-    stop = stop.expand(shape)
+    start, stop, *bounds = torch.broadcast_tensors(start, stop, *(t for run in runs for t in run))
+    starts = torch.stack([torch.maximum(s, start) for s in bounds[::2]])
+    stops = torch.stack([torch.minimum(e, stop) for e in bounds[1::2]])
     starts, stops = _sort(starts, stops, stop)
     for k in range(1, len(runs)):
         joins = (starts[k] <= stops[k - 1]) & (starts[k] < stops[k])
         starts[k] = torch.where(joins, starts[k - 1], starts[k])
         stops[k] = torch.where(joins, torch.maximum(stops[k], stops[k - 1]), stops[k])
         stops[k - 1] = torch.where(joins, starts[k - 1], stops[k - 1])
-    starts, stops = _sort(starts, stops, stop)
+    if len(runs) > 1:
+        starts, stops = _sort(starts, stops, stop)
     return list(zip(starts.unbind(0), stops.unbind(0), strict=True))
 
 
@@ -58,6 +58,8 @@ def _sort(starts: Tensor, stops: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     empty = starts >= stops
     starts = torch.where(empty, end, starts)
     stops = torch.where(empty, end, stops)
+    if starts.shape[0] == 1:
+        return starts, stops
     starts, order = torch.sort(starts, dim=0, stable=True)
     return starts, torch.gather(stops, 0, order)
 
