@@ -10,7 +10,7 @@ import torch
 
 import tilewise
 from tilewise import masks as m
-from tilewise.backends.triton import dkdv
+from tilewise.backends.triton import backward_pass, dkdv
 from tilewise.testing import tolerance
 from tilewise.testing.cases import FEATURES, Case, grid
 from tilewise.testing.poison import poisoned
@@ -137,6 +137,21 @@ def test_float32_with_options_goes_by_steps_of_columns(size, mask, tiles):
 
 
 # Packed sequences, whose rows stand elsewhere than their index says.
+
+
+@pytest.mark.parametrize("dim, v_dim", [(24, 40), (72, 80)])
+@pytest.mark.parametrize("mask", ["causal", "random"])
+def test_narrow_steps_where_there_are_no_matrix_instructions(mask, dim, v_dim, tiles, monkeypatch):
+    """As Turing's kernels take them."""
+    tiles(16, 16)
+    asked = []
+    monkeypatch.setattr(
+        backward_pass, "multiplies_matrices", lambda name: asked.append(name) or False
+    )
+    for options in ({}, {"bias": "hqk", "relative_bias": True, "softcap": 5.0}):
+        case = Case(1, 2, 1, 40, 45, dim, v_dim, dtype=torch.float16, mask=mask, **options)
+        check(case, tiles=3)
+    assert asked and set(asked) == {"interpreter"}
 
 
 @pytest.mark.parametrize("options", [("alibi", "relative_bias"), ("bias", "dropout", "sinks")])

@@ -18,8 +18,15 @@ SETTLED = (
     ("sm_90", "dkdv careful float16 d256 ranges"),
     ("sm_90", "dk float16 d512 ranges"),
     ("sm_90", "dq float16 d128 ranges"),
+    ("sm_75", "dkdv careful float16 d48 ranges every option"),
+    ("sm_75", "dq float16 d128 ranges"),
+    ("sm_80", "dkdv float16 d112 bitmap every option"),
     ("sm_86", "dkdv float32 d128 ranges"),
+    ("sm_89", "decode 16 float16 d496 ranges every option"),
+    ("sm_100", "relative bias float32 d48 bitmap every option"),
+    ("sm_120", "forward float16 d240 ranges every option"),
     ("gfx942", "forward float16 d128 band"),
+    ("gfx942", "decode 16 float16 d64 ranges"),
 )
 
 

@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from tilewise.backends.triton import compiler
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,16 @@ def test_spills_are_faults(compiled):
     found = compiled["spills", "gfx942"]
     assert found["spills"] > 0 and found["stack"] > 0
     assert found["faults"] == [f"spills: {found['spills']}, with {found['stack']} bytes of stack"]
+
+
+@pytest.mark.parametrize(
+    "instruction, stack", [("v_writelane_b32 v9, s4, 0", 0), ("scratch_load_dword v1, off", 20)]
+)
+def test_scalars_spilled_into_vector_registers_use_no_stack(instruction, stack):
+    """Room for one is reserved all the same."""
+    facts = "\n.vgpr_count: 64\n.vgpr_spill_count: 0\n.private_segment_fixed_size: 20\n"
+    kernel = SimpleNamespace(asm={"amdgcn": f"\t{instruction}\n{facts}"})
+    assert compiler._read_hip(kernel)["stack"] == stack
 
 
 def test_serialised_warpgroup_products_are_faults(compiled):

@@ -23,7 +23,7 @@ from . import bias_gradients, careful, dkdv, dq, fused_backward, launch, walk_qu
 from .arguments import aligned, operand, pack, padded
 from .attend import FEW
 from .compiler import CompileCase
-from .plan import Tile, TritonPlan, fused_tile, matrix_of
+from .plan import Tile, TritonPlan, fused_tile, matrix_of, multiplies_matrices
 from .primitives import INF, LOG2E, Rows, load_queries, row_place
 from .samples import Sample, samples
 from .score_gradients import Shared
@@ -110,7 +110,7 @@ def prepare(
     arguments, named = prepare_arguments(problem, out, lse, d_out, d_lse, log2_lse, delta)
     grid = (arguments[6] * problem.batch * problem.q_heads,)
     launch.run(prepare_kernel, grid, plan.architecture, arguments, named)
-    return share(problem, inputs, d_out, log2_lse, delta), delta
+    return share(problem, inputs, plan, d_out, log2_lse, delta), delta
 
 
 def prepare_arguments(
@@ -139,10 +139,17 @@ def prepare_arguments(
 
 
 def share(
-    problem: Problem, inputs: Inputs, d_out: Tensor, log2_lse: Tensor, delta: Tensor
+    problem: Problem,
+    inputs: Inputs,
+    plan: TritonPlan,
+    d_out: Tensor,
+    log2_lse: Tensor,
+    delta: Tensor,
 ) -> Shared:
     """The arguments that the kernels behind ``prepare_kernel`` share."""
     options = pack(problem, inputs)
+    narrow = None if multiplies_matrices(plan.architecture) else True
+    options = options._replace(features=options.features | {"NARROW": narrow})
     tensors = (*(aligned(x) for x in (inputs.q, inputs.k, inputs.v, d_out)), log2_lse, delta)
     rest = (options.terms, options.first, options.second, *options.numbers)
     return Shared((*(operand(x) for x in tensors), *rest), options)
@@ -225,7 +232,7 @@ def _launches(sample: Sample) -> Iterator[tuple[str, Any, Launch, str]]:
     rows = torch.zeros(problem.batch, problem.q_heads, problem.q_len)
     prepared = prepare_arguments(problem, inputs.q, rows, inputs.q, rows, rows, rows)
     yield "prepare", prepare_kernel, prepared, "none"
-    shared = share(problem, inputs, inputs.q, rows, rows)
+    shared = share(problem, inputs, plan, inputs.q, rows, rows)
     biased = problem.bias
     d_bias = rows.new_zeros(problem.batch, problem.q_heads, problem.kv_len, 2) if biased else None
     segments = yield from _segment_launches(sample, plan.dkdv, shared, "")

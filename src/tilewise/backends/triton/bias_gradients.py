@@ -126,6 +126,7 @@ def d_bias_kernel(
     V_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PADDED_V: tl.constexpr,
+    NARROW: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
@@ -136,7 +137,9 @@ def d_bias_kernel(
     """
     numbers = Numbers(scale, softcap, relative_zero, relative_entries, threshold, keep)
     mask = Mask(first, second, low, high)
-    call = Given(q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len)
+    call = Given(
+        q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len, NARROW
+    )  # fmt: skip
     batches, sharing, own_heads, q_blocks, kv_blocks = shape
     rest = tl.program_id(0)
     key_block, rest = rest % kv_blocks, rest // kv_blocks
@@ -208,6 +211,7 @@ def d_relative_kernel(
     V_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PADDED_V: tl.constexpr,
+    NARROW: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
@@ -215,7 +219,9 @@ def d_relative_kernel(
     block ``n`` sums the pairs of entry ``n * BLOCK_KV + column - row`` of the relative bias."""
     numbers = Numbers(scale, softcap, relative_zero, relative_entries, threshold, keep)
     mask = Mask(first, second, low, high)
-    call = Given(q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len)
+    call = Given(
+        q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len, NARROW
+    )  # fmt: skip
     program = tl.program_id(0)
     block, head = program % blocks, program // blocks % heads
     part = program // (blocks * heads)

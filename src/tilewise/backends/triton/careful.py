@@ -179,6 +179,7 @@ def careful_kernel(
     V_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PADDED_V: tl.constexpr,
+    NARROW: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
     """Do ``FEW`` keys with care, where ``care`` says so: dK, dV and ``d_bias``, and if the keys are
@@ -190,7 +191,9 @@ def careful_kernel(
         return
     numbers = Numbers(scale, softcap, relative_zero, relative_entries, threshold, keep)
     mask = Mask(first, second, low, high)
-    call = Given(q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len)
+    call = Given(
+        q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len, NARROW
+    )  # fmt: skip
     place = block // blocks
     batch, kv_head = place // (heads // group), place % (heads // group)
     start = block % blocks * BLOCK_KV + some * FEW

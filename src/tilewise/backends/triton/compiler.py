@@ -245,13 +245,18 @@ def _read_cuda(kernel: Any) -> dict[str, Any]:
 
 
 def _read_hip(kernel: Any) -> dict[str, Any]:
-    """The same from the assembly text, whose last section is the kernel's metadata."""
+    """The same from the assembly text, whose last section is the kernel's metadata.
+
+    Scalar registers spill into lanes of vector registers: a stack is then reserved, but no
+    instruction uses it.
+    """
     text = kernel.asm["amdgcn"]
+    uses_stack = re.search(r"^\s+scratch_(load|store)", text, re.MULTILINE)
     numbers = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", text)}
     opcodes = Counter(re.findall(r"^\s+(v_mfma_\w+)", text, re.MULTILINE))
     return {
         "registers": numbers["vgpr_count"],
-        "stack": numbers["private_segment_fixed_size"],
+        "stack": numbers["private_segment_fixed_size"] if uses_stack else 0,
         "spills": numbers["vgpr_spill_count"],
         "matrix": dict(sorted(opcodes.items())),
     }

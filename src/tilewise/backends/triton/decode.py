@@ -23,7 +23,7 @@ from .arguments import UNSPECIALISED, Arguments, operand, pack, padded
 from .attend import Call, Keys, attend
 from .compiler import CompileCase
 from .float8 import FLOAT8, as_loaded
-from .plan import LONGEST_DECODE, TritonPlan, matrix_of
+from .plan import LONGEST_DECODE, TritonPlan, launch_options, matrix_of
 from .primitives import INF, LOG2E, Mask, Numbers, Operand, operand_of_head
 from .samples import DTYPES, LENGTH, samples
 from .walk import order_tiles
@@ -234,7 +234,7 @@ def combine_arguments(
     )
     count = INTERPRETED_ROWS if plan.architecture == "interpreter" else COMBINED_ROWS
     named = {"V_DIM": problem.v_dim, "PADDED_V": padded(problem.v_dim), "ROWS": count}
-    return arguments, named | {"num_warps": 4, "num_stages": 1}
+    return arguments, named | launch_options(plan.architecture, 4, 1)
 
 
 def key_order(

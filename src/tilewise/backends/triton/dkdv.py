@@ -146,7 +146,7 @@ def add_queries(
         if KEYS_FIRST:
             keep = tl.trans(keep)
     queries = load_sources(call, rows, HEAD_DIM, V_DIM, k.shape[1], v.shape[1])
-    if is_wide(k.dtype, k.shape[1], v.shape[1], RAW):
+    if is_wide(k.dtype, k.shape[1], v.shape[1], RAW, call.narrow is not None):
         at_k = operand_of_head(call.k, batch, head // call.group)
         keys = Keys(at_k, operand_of_head(call.v, batch, head // call.group), None, 0, 0)
         weights, d_scores, d_products = gradients_in_steps(
@@ -258,6 +258,7 @@ def dkdv_kernel(
     V_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PADDED_V: tl.constexpr,
+    NARROW: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
@@ -268,7 +269,9 @@ def dkdv_kernel(
     """
     numbers = Numbers(scale, softcap, relative_zero, relative_entries, threshold, keep)
     mask = Mask(first, second, low, high)
-    call = Given(q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len)
+    call = Given(
+        q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len, NARROW
+    )  # fmt: skip
     # The first keys come first: under a causal mask the most queries see them.
     block, place = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     batch, kv_head = place // (heads // group), place % (heads // group)

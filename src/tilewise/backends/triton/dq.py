@@ -103,7 +103,9 @@ def visit_keys(
         k, v = load_pair(
             keys, start, live, BLOCK_KV, HEAD_DIM, V_DIM, tile.shape[1], queries.d_out.shape[1]
         )
-        if is_wide(queries.q.dtype, tile.shape[1], queries.d_out.shape[1], RAW):
+        if is_wide(
+            queries.q.dtype, tile.shape[1], queries.d_out.shape[1], RAW, call.narrow is not None
+        ):
             _, d_scores, d_products = gradients_in_steps(
                 call, keys, rows, key, visible, keep,
                 RAW, HEAD_DIM, V_DIM, tile.shape[1], queries.d_out.shape[1], False,
@@ -204,13 +206,16 @@ def dq_kernel(
     V_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PADDED_V: tl.constexpr,
+    NARROW: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
     """dQ of one block of queries; partial tiles first, and with care as in ``dkdv_kernel``."""
     numbers = Numbers(scale, softcap, relative_zero, relative_entries, threshold, keep)
     mask = Mask(first, second, low, high)
-    call = Given(q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len)
+    call = Given(
+        q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len, NARROW
+    )  # fmt: skip
     block, which = place(tl.program_id(0), blocks, tl.num_programs(0) // blocks, section)
     batch, head = which // heads, which % heads
     start = block * BLOCK_Q

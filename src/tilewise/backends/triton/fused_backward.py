@@ -86,6 +86,7 @@ def fused_kernel(
     V_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PADDED_V: tl.constexpr,
+    NARROW: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
@@ -99,7 +100,9 @@ def fused_kernel(
     """
     numbers = Numbers(scale, softcap, relative_zero, relative_entries, threshold, keep)
     mask = Mask(first, second, low, high)
-    call = Given(q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len)
+    call = Given(
+        q, k, v, d_out, lse, delta, terms, numbers, mask, heads, group, q_len, kv_len, NARROW
+    )  # fmt: skip
     block, place = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     batch, kv_head = place // (heads // group), place % (heads // group)
     start = block * BLOCK_KV

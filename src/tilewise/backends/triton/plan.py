@@ -1,8 +1,7 @@
 """Tile sizes, warps and stages: a function of the Problem and of the architecture.
 
-The tables hold, for each family of GPUs, tiles within the shared memory of its smallest member. On
-sm_90 they compile without a spill, elsewhere some do not yet (``tilewise kernels`` shows it); none
-was measured on a GPU yet.
+The tables hold, for each family of GPUs, tiles within the shared memory of its smallest member,
+which compile without a spill (``tilewise kernels``). None was measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -24,20 +23,21 @@ class Tile:
     stages: int
 
     def options(self, architecture: str = "") -> dict[str, int]:
-        """The tile as a kernel's keyword arguments.
+        """The tile as a kernel's keyword arguments, with those of ``launch_options``."""
+        sizes = {"BLOCK_Q": self.block_q, "BLOCK_KV": self.block_kv}
+        return sizes | launch_options(architecture, self.warps, self.stages)
 
-        Given an NVIDIA ``architecture``, with leave to use every register: left to itself, ptxas
-        spills in order to fit one more block on a multiprocessor.
-        """
-        options = {
-            "BLOCK_Q": self.block_q,
-            "BLOCK_KV": self.block_kv,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
-        if not architecture.startswith("sm_"):
-            return options
-        return options | {"maxnreg": min(255, 65_536 // (32 * self.warps))}
+
+def launch_options(architecture: str, warps: int, stages: int) -> dict[str, int]:
+    """What every kernel is compiled with.
+
+    On an NVIDIA ``architecture`` with leave to use every register: left to itself, ptxas spills in
+    order to fit one more block on a multiprocessor.
+    """
+    options = {"num_warps": warps, "num_stages": stages}
+    if not architecture.startswith("sm_"):
+        return options
+    return options | {"maxnreg": min(255, 65_536 // (32 * warps))}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ FAMILIES = {
     "sm_80": "ampere",
     "sm_86": "ampere",
     "sm_89": "ampere",
-    "sm_120": "ampere",
+    "sm_120": "geforce",
     "sm_90": "hopper",
     "sm_100": "blackwell",
     "gfx942": "cdna",
@@ -137,19 +137,25 @@ FORWARD: Table = {
         for dim in dims
     },
 }
+FORWARD["geforce"] = FORWARD["ampere"] | {
+    (2, 64): (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+    (2, 128): (Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
+    (2, 256): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (2, 512): (Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
+}
 
 DKDV: Table = {
     "turing": {
-        (2, 64): (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
+        (2, 64): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
         (2, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-        (4, 128): (Tile(64, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (4, 128): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
     },
     "ampere": {
         (2, 64): (Tile(32, 64, 8, 2), Tile(32, 32, 4, 1)),
-        (2, 128): (Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+        (2, 128): (Tile(32, 64, 8, 2), Tile(16, 16, 8, 1)),
         (2, 256): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
-        (2, 512): (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+        (2, 512): (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
         (4, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         (4, 128): (Tile(64, 16, 8, 1), Tile(16, 16, 8, 1)),
     },
@@ -179,10 +185,11 @@ DKDV: Table = {
     },
     "interpreter": FORWARD["interpreter"],
 }
+DKDV["geforce"] = DKDV["ampere"]
 
 DQ: Table = {
     "turing": {
-        (2, 64): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (2, 64): (Tile(64, 16, 8, 1), Tile(16, 32, 8, 1)),
         (2, 128): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         (4, 64): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
         (4, 128): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
@@ -208,7 +215,7 @@ DQ: Table = {
         (2, 128): (Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
         (2, 256): (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
         (2, 512): (Tile(64, 32, 8, 1), Tile(16, 16, 8, 1)),
-        (4, 64): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (4, 64): (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
         (4, 128): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     },
     "cdna": {
@@ -221,15 +228,19 @@ DQ: Table = {
     },
     "interpreter": FORWARD["interpreter"],
 }
+DQ["geforce"] = DQ["ampere"]
 
 PAIRS = {
-    "turing": Tile(16, 16, 8, 1),
-    "hopper": Tile(64, 32, 8, 1),
-    "blackwell": Tile(64, 32, 8, 1),
-    "interpreter": Tile(32, 32, 4, 1),
+    "turing": (Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
+    "ampere": (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+    "geforce": (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+    "hopper": (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+    "blackwell": (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1)),
+    "cdna": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    "interpreter": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
 }
-"""Tiles of the bias gradients by family, where they are not ``Tile(32, 32, 8, 1)``, which float32
-takes everywhere. Their registers do not grow with the dimensions."""
+"""Tiles of the bias gradients by family: for two bytes an element, and for float32. Their registers
+do not grow with the dimensions."""
 
 FUSED: Table = {
     "hopper": {
@@ -285,7 +296,7 @@ def plan_for(
         return tuned.get(tile_key(kernel, problem), tile)
 
     forward = look_up(FORWARD, problem, architecture.name)
-    decode = decode_tile(problem, forward)
+    decode = decode_tile(problem, forward, architecture.name)
     decode = replace(chosen("decode", decode), block_q=decode.block_q)
     forward = chosen("forward", forward)
     parts = 0
@@ -329,9 +340,7 @@ def fused_tile(problem: Problem, name: str) -> Tile | None:
 
 def pairs_tile(problem: Problem, name: str) -> Tile:
     """The tile of the bias gradients."""
-    others = Tile(32, 32, 8, 1)
-    found = PAIRS.get(FAMILIES[name], others)
-    return others if problem.dtype.itemsize == 4 and found.block_q > 32 else found
+    return PAIRS[FAMILIES[name]][problem.dtype.itemsize == 4]
 
 
 def asks_for_fused(asked: str | None, name: str) -> bool:
@@ -378,16 +387,17 @@ def richness(problem: Problem) -> int:
     return RICH if added or problem.dropout_p or problem.scale <= 0 else PLAIN
 
 
-def decode_tile(problem: Problem, forward: Tile) -> Tile:
+def decode_tile(problem: Problem, forward: Tile, name: str) -> Tile:
     """The tile of packed heads. It has few keys: the addresses of pages take registers too."""
-    rich = richness(problem) == RICH
+    rich, wide = richness(problem) == RICH, max(problem.head_dim, problem.v_dim)
     tile = replace(forward, block_kv=min(forward.block_kv, BITMAP_TILE))
     if rich:
-        most = forward.block_q if max(problem.head_dim, problem.v_dim) <= 64 else 32
+        most = forward.block_q if wide <= 64 else 32 if wide <= 256 else 16
         tile = replace(tile, block_q=min(forward.block_q, most), stages=1)
+        if FAMILIES[name] == "geforce" and wide <= 256:
+            tile = replace(tile, block_kv=16)
     if problem.dtype.itemsize == 4:
-        small = max(problem.head_dim, problem.v_dim) <= 64
-        tile = Tile(32 if small else 16, 32 if small and not rich else 16, 8, 1)
+        tile = Tile(32 if wide <= 64 else 16, 32 if wide <= 64 and not rich else 16, 8, 1)
     return replace(tile, block_q=decode_rows(problem, tile))
 
 
@@ -410,6 +420,12 @@ def section_for(problem: Problem, architecture: Architecture) -> int:
     """How many query heads run side by side: those whose keys and values fit in the cache."""
     each = problem.kv_len * (problem.head_dim + problem.v_dim) * problem.dtype.itemsize
     return max(1, architecture.cache // max(each, 1)) * problem.group
+
+
+def multiplies_matrices(name: str) -> bool:
+    """Whether Triton has matrix instructions for the architecture ``name``; Turing's it does not
+    use."""
+    return FAMILIES[name] != "turing"
 
 
 def matrix_of(problem: Problem, tile: Tile) -> str:

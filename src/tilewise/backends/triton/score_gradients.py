@@ -39,7 +39,8 @@ class Shared(NamedTuple):
 class Given(NamedTuple):
     """The same inside a kernel: operands q and dO ``[batch, q_heads, q_len, dim]``, k and v
     ``[batch, kv_heads, kv_len, dim]``, lse (in units of log 2, +inf for a row without weight) and
-    delta ``[batch, q_heads, q_len]``, and the call's options."""
+    delta ``[batch, q_heads, q_len]``, the call's options, and ``narrow``: None, unless
+    products are to be computed in steps of few columns."""
 
     q: Any
     k: Any
@@ -54,6 +55,7 @@ class Given(NamedTuple):
     group: Any
     q_len: Any
     kv_len: Any
+    narrow: Any
 
 
 class Queries(NamedTuple):
@@ -214,12 +216,12 @@ def gradients_in_steps(
     tile = product_in_steps(
         row_place(call.q, rows.batch, rows.head, rows.query), rows.live, call.q.stride[3],
         keys.k.at + place * keys.k.stride[0], there, keys.k.stride[1],
-        unknown(call, PADDED_DIM), HEAD_DIM, PADDED_DIM, KEYS_FIRST,
+        unknown(call, PADDED_DIM), call.narrow is not None, HEAD_DIM, PADDED_DIM, KEYS_FIRST,
     )  # fmt: skip
     d_weights = product_in_steps(
         row_place(call.d_out, rows.batch, rows.head, rows.query), rows.live, call.d_out.stride[3],
         keys.v.at + place * keys.v.stride[0], there, keys.v.stride[1],
-        unknown(call, PADDED_V), V_DIM, PADDED_V, KEYS_FIRST,
+        unknown(call, PADDED_V), call.narrow is not None, V_DIM, PADDED_V, KEYS_FIRST,
     )  # fmt: skip
     lse = row_place(call.lse, rows.batch, rows.head, rows.query)
     delta = row_place(call.delta, rows.batch, rows.head, rows.query)
@@ -238,13 +240,14 @@ def product_in_steps(
     b_live,
     b_stride,
     padded,
+    NARROW: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     SWAPPED: tl.constexpr,
 ):
     """The products of the rows that begin at the pointers ``a`` with those at ``b``, ``[a, b]``, or
     ``[b, a]`` if ``SWAPPED``. ``padded`` is ``PADDED`` as the limit of a loop (``unknown``)."""
-    STEP: tl.constexpr = 64 if PADDED > 64 else PADDED
+    STEP: tl.constexpr = columns_of_step(PADDED, NARROW)
     ROWS: tl.constexpr = b.shape[0] if SWAPPED else a.shape[0]
     total = tl.zeros((ROWS, a.shape[0] if SWAPPED else b.shape[0]), tl.float32)
     for start in tl.range(0, padded, STEP, num_stages=1):
@@ -259,16 +262,25 @@ def product_in_steps(
 
 
 @triton.constexpr_function
+def columns_of_step(padded, narrow):
+    """Columns of each step of a product that is computed in steps, of which narrow ones take two at
+    least."""
+    return min(max(16, padded // 2) if narrow else padded, 64)
+
+
+@triton.constexpr_function
 def columns_at_once(dtype, padded):
     """Columns of its result that the careful pass holds: 128 bytes of a row."""
     return min(padded, 64 if dtype.primitive_bitwidth == 16 else 32)
 
 
 @triton.constexpr_function
-def is_wide(dtype, padded_dim, padded_v, raw):
+def is_wide(dtype, padded_dim, padded_v, raw, narrow):
     """Whether products are to be computed in steps of a few columns: their factors, whole rows,
     would fill the registers, the sooner the more a score takes of them. Without matrix
-    instructions, in float32, a thread holds more of them."""
+    instructions, in float32 or where steps are ``narrow``, a thread holds more of them."""
+    if narrow:
+        return padded_dim + padded_v > 128
     if raw:
         return padded_dim + padded_v > 512
     return padded_dim + padded_v > (128 if dtype.primitive_bitwidth == 32 else 256)
