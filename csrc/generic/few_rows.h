@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr std::int64_t kFewRows = 8;   // rows of a kv head, q_heads / kv_heads * q_len
+constexpr std::int64_t kFewRows = 8;     // rows of a kv head, q_heads / kv_heads * q_len
 constexpr std::int64_t kAhead = 32;      // rows asked for in advance: 8 KB at head_dim 128 in bfloat16
 constexpr std::int64_t kBlockKeys = 32;  // keys whose values are added to O at once
 
