@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import re
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import tilewise
+from tilewise import checks
 from tilewise import masks as m
 
 NAN, INF = float("nan"), float("inf")
@@ -423,3 +425,17 @@ def test_mask_constructors(row):
         make()
     assert str(raised.value).startswith(start)
     assert came in str(raised.value)
+
+
+def test_where_data_is_not_to_be_read_the_program_asserts(monkeypatch):
+    """A CUDA graph that is being recorded may not wait for the device. On the CPU the assertion is
+    made at once."""
+    monkeypatch.setattr(checks, "is_deferred", lambda x: True)
+    tilewise.decode(**paged_call())
+    with pytest.raises(RuntimeError, match="lengths: a length is negative or beyond the cache"):
+        tilewise.decode(**paged_call() | {"lengths": ints(3, 1000)})
+    monkeypatch.undo()
+    for recording in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda at=recording: at)
+        assert checks.is_deferred(SimpleNamespace(is_cuda=True)) is recording
+        assert checks.is_deferred(SimpleNamespace(is_cuda=False)) is False
