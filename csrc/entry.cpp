@@ -20,15 +20,12 @@ bool has(const char* names, const char* wanted) {
   return padded.find(std::string(" ") + wanted + " ") != std::string::npos;
 }
 
-// Best first; but AMX, which has run in emulation only, comes last and so runs only when it is named.
+// Best first.
 const tilewise_kernels* const kAll[] = {
 #if defined(__x86_64__)
-    &tilewise_avx512_bf16, &tilewise_avx512, &tilewise_avx2,
+    &tilewise_amx, &tilewise_amx_fma, &tilewise_avx512_bf16, &tilewise_avx512, &tilewise_avx2,
 #endif
     &tilewise_baseline,
-#if defined(__x86_64__)
-    &tilewise_amx, &tilewise_amx_fma,
-#endif
 };
 
 bool detect(const tilewise_kernels& kernels) {

@@ -87,7 +87,7 @@ inline void add_run(float* run, float* sum, std::int64_t count) {
 template <class E>
 void matmul(std::int64_t m, std::int64_t n, std::int64_t k, Left<E> a, Right<E> b, float* c,
             std::int64_t c_row, Store how) {
-  if constexpr (kTiles && kWidth<E> == 2) {
+  if constexpr (kFills<E>) {
     const std::int64_t done = tile_matmul(m, n, k, a, b, c, c_row, how);
     if (done == m) return;
     m -= done;

@@ -48,11 +48,14 @@ constexpr int kParts = Traits<E>::kParts;
 // n, up to a whole number of vectors.
 inline std::int64_t padded(std::int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// Elements that hold n numbers; of parts whole vectors, so that every inner dimension fills tile registers.
+// Elements that hold n numbers. Those of tile registers end in zeros, whole vectors of them, so that every inner
+// dimension fills the registers.
+template <class E>
+constexpr bool kFills = kTiles && kWidth<E> == 2;
 template <class E>
 inline std::int64_t elements(std::int64_t n) {
   const std::int64_t count = (n + kWidth<E> - 1) / kWidth<E>;
-  return kParts<E> > 1 ? padded(count) : count;
+  return kFills<E> ? padded(count) : count;
 }
 
 // Elements of a row that holds n numbers and may be read in whole vectors.
@@ -120,10 +123,11 @@ inline void transpose_elements(const E* from, std::int64_t from_row, std::int64_
   transpose_words(from, from_row, count, to, to_row);
 }
 
-// Two rows of bfloat16 numbers as one of pairs; no second row counts as zeros.
+// Two rows of bfloat16 numbers as one of pairs; a row that is not there counts as zeros.
 inline void interleave(const std::uint16_t* even, const std::uint16_t* odd, std::int64_t width, Pair* to) {
   for (std::int64_t d = 0; d < width; d += kLanes) {
-    const IntVec low = bits(load_bfloat(even + d)), high = odd ? bits(load_bfloat(odd + d)) : IntVec{};
+    const IntVec low = even ? bits(load_bfloat(even + d)) : IntVec{};
+    const IntVec high = odd ? bits(load_bfloat(odd + d)) : IntVec{};
     store_words(to + d, high | ((low >> 16) & 0xffff));
   }
 }
@@ -134,8 +138,9 @@ inline Right<float> interleaved(const float* rows, std::int64_t row, std::int64_
 }
 inline Right<Pair> interleaved(const std::uint16_t* rows, std::int64_t row, std::int64_t count,
                                std::int64_t width, Pair* to) {
-  for (std::int64_t i = 0; i < count; i += 2)
-    interleave(rows + i * row, i + 1 < count ? rows + (i + 1) * row : nullptr, width, to + i / 2 * width);
+  const auto number = [&](std::int64_t i) { return i < count ? rows + i * row : nullptr; };
+  for (std::int64_t p = 0; p < elements<Pair>(count); ++p)
+    interleave(number(2 * p), number(2 * p + 1), width, to + p * width);
   return {to, width};
 }
 
@@ -144,7 +149,7 @@ inline Right<Pair> interleaved(const std::uint16_t* rows, std::int64_t row, std:
 template <class E>
 inline Left<E> along_packed_keys(E* packed, std::int64_t row, std::int64_t keys, int lanes) {
   const std::int64_t count = elements<E>(keys);
-  if (!kTiles || count % kLanes != 0) return {packed, 1, row};
+  if (!kFills<E>) return {packed, 1, row};
   E* to = packed + count * row;
   for (std::int64_t p = 0; p < count; p += kLanes) transpose_elements(packed + p * row, row, lanes, to + p, count);
   return {to, count, 1};
@@ -155,10 +160,10 @@ inline Left<float> along_keys(const float* tile, std::int64_t row, std::int64_t,
   return {tile, 1, row};
 }
 inline Left<Pair> along_keys(const float* tile, std::int64_t row, std::int64_t keys, int lanes, Pair* to) {
-  for (std::int64_t j = 0; j < keys; j += 2)
+  for (std::int64_t p = 0; p < elements<Pair>(keys); ++p)
     for (int v = 0; v < lanes; v += kLanes) {
-      const Vec odd = j + 1 < keys ? load(tile + (j + 1) * row + v) : Vec{};
-      store_words(to + j / 2 * row + v, pair_words(load(tile + j * row + v), odd));
+      const auto key = [&](std::int64_t j) { return j < keys ? load(tile + j * row + v) : Vec{}; };
+      store_words(to + p * row + v, pair_words(key(2 * p), key(2 * p + 1)));
     }
   return along_packed_keys(to, row, keys, lanes);
 }
@@ -168,10 +173,13 @@ inline Left<float> along_queries(const float* tile, std::int64_t row, std::int64
   return {tile, row, 1};
 }
 inline Left<Pair> along_queries(const float* tile, std::int64_t row, std::int64_t keys, int lanes, Pair* to) {
-  for (std::int64_t j = 0; j < keys; ++j)
-    for (int v = 0; v < lanes; v += kLanes)
-      store_bfloat(reinterpret_cast<std::uint16_t*>(to) + j * row + v, load(tile + j * row + v));
-  return {to, row / 2, 1};
+  const std::int64_t words = elements<Pair>(row);
+  for (std::int64_t j = 0; j < keys; ++j) {
+    auto* numbers = reinterpret_cast<std::uint16_t*>(to + j * words);
+    for (int v = 0; v < lanes; v += kLanes) store_bfloat(numbers + v, load(tile + j * row + v));
+    for (std::int64_t v = lanes; v < 2 * elements<Pair>(lanes); v += kLanes) store_bfloat(numbers + v, Vec{});
+  }
+  return {to, words, 1};
 }
 
 // Whether none of the first n columns of `count` numbers is inf or NaN: exponent bits all ones.

@@ -92,8 +92,8 @@ inline std::int64_t key_offset(const tilewise_call& c, const tilewise_tensor& t,
 template <class E>
 inline bool is_in_place(const tilewise_call& c, const tilewise_tensor& t, std::int64_t dim) {
   const int dtype = kWidth<E> == 1 ? TILEWISE_FLOAT32 : TILEWISE_BFLOAT16;
-  return kParts<E> == 1 && t.dtype == dtype && t.stride[3] == 1 && t.stride[2] % kWidth<E> == 0 && dim % kWidth<E> == 0 &&
-         c.page_table == nullptr;
+  const bool whole = elements<E>(dim) * kWidth<E> == dim && t.stride[2] % kWidth<E> == 0;
+  return kParts<E> == 1 && t.dtype == dtype && t.stride[3] == 1 && whole && c.page_table == nullptr;
 }
 
 // Step load_tile: keys (or values) [j0, j1) as a left operand whose inner dimension is dim, in place if
@@ -129,11 +129,9 @@ inline Right<Pair> key_columns(const tilewise_call& c, const tilewise_tensor& t,
   const std::int64_t width = padded(dim);
   const bool direct = dim == width && t.stride[3] == 1;
   auto* copy = reinterpret_cast<std::uint16_t*>(row);
-  for (std::int64_t j = j0; j < j1; j += 2) {
-    const std::uint16_t* rows[2];
-    for (int i = 0; i < 2; ++i) {
-      rows[i] = nullptr;
-      if (j + i >= j1) continue;
+  for (std::int64_t j = j0; j < j0 + 2 * elements<Pair>(j1 - j0); j += 2) {
+    const std::uint16_t* rows[2] = {nullptr, nullptr};
+    for (int i = 0; i < 2 && j + i < j1; ++i) {
       const std::int64_t offset = key_offset(c, t, b, head, j + i);
       rows[i] = static_cast<const std::uint16_t*>(t.data) + offset;
       if (direct) continue;

@@ -30,6 +30,7 @@ inline Vec exponentiate(const float* tile, std::int64_t keys, Vec unit, Vec shif
     total[1] += odd;
     store_words(weights + j / 2 * kRows, pair_words(even, odd));
   }
+  for (std::int64_t p = (keys + 1) / 2; p < elements<Pair>(keys); ++p) store_words(weights + p * kRows, IntVec{});
   return total[0] + total[1];
 }
 // Floats are not packed.

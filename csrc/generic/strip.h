@@ -38,7 +38,7 @@ struct Span {
 // tile registers stay full.
 template <class E>
 inline Span trimmed(const Strip& s, std::int64_t j0, std::int64_t j1) {
-  constexpr std::int64_t step = kTiles && kWidth<E> == 2 ? 32 : kWidth<E>;
+  constexpr std::int64_t step = kFills<E> ? 2 * kLanes : kWidth<E>;
   const std::int64_t start = s.first_key > j0 ? s.first_key / step * step : j0;
   const std::int64_t last = (s.last_key + step - 1) / step * step, stop = last < j1 ? last : j1;
   return {start, stop < start ? start : stop};

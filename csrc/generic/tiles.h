@@ -86,7 +86,6 @@ void tile_rows(std::int64_t m, Left<E> a, Right<E> b, float* c, std::int64_t c_r
 template <class E>
 std::int64_t tile_matmul(std::int64_t m, std::int64_t n, std::int64_t k, Left<E> a, Right<E> b, float* c,
                          std::int64_t c_row, Store how) {
-  if (a.column != 1 || k % kTileElements != 0) return 0;
   const std::int64_t rows = m / kTileRows * kTileRows;
   for (std::int64_t j = 0; j < n;) {
     const std::int64_t left = n - j;

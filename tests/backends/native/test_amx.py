@@ -117,9 +117,11 @@ def test_the_generated_cases(amx, dtype, compared):
         for name, case in grid(dtype):
             tolerance.check(case.make(), tilewise.attention, tiles=1, backend="native")
             products = amx.tilewise_emulated_products()
-            if dtype in SPLIT:  # every product of all rows but the last few of a strip
-                rows = case.q_heads // case.kv_heads * case.q_len
-                assert (products > 0) == (rows >= 16 and case.mask != "nothing"), name
+            rows = case.q_heads // case.kv_heads * case.q_len
+            if rows >= 16 and case.mask != "nothing":
+                assert products > 0, name
+            elif dtype in SPLIT:  # bfloat16 with few rows may have tiles full of keys
+                assert products == 0, name
             count += 1
     assert amx.tilewise_last_isa() == b"amx"
     compared(f"native on amx (emulated), {str(dtype)[6:]}", count)
@@ -137,8 +139,7 @@ def test_how_many_tiles_are_multiplied(amx, dtype):
     assert amx.tilewise_emulated_products() == PRODUCTS[dtype] * (scores + weighted)
     tolerance.run(call, tilewise.attention, backend="native")
     forward = scores + weighted
-    # 48 queries are 24 pairs: parts are filled up to 32, bfloat16 takes the processor's vectors.
-    by_queries = 0 if dtype == torch.bfloat16 else 8 * 4 * 2
+    by_queries = 8 * 4 * 2  # 48 queries are 24 pairs, and filled up to 32
     backward = 2 * scores + 2 * by_queries + weighted
     assert amx.tilewise_emulated_products() == PRODUCTS[dtype] * (forward + backward)
 
@@ -173,7 +174,7 @@ def test_the_switch_to_multiply_adds(amx, dtype, monkeypatch):
 def test_a_family_that_is_not_there_is_an_error(amx, monkeypatch, name):
     monkeypatch.setenv("TILEWISE_FORCE_ISA", name)
     q = torch.randn(1, 1, 32, 32)
-    with pytest.raises(ValueError, match=rf"^TILEWISE_FORCE_ISA: got '{name}'; .*amx, amx_fma$"):
+    with pytest.raises(ValueError, match=rf"^TILEWISE_FORCE_ISA: got '{name}'; .* can run amx, amx_fma, "):
         tilewise.attention(q, q, q, backend="native")
 
 

@@ -5,12 +5,12 @@ source tree; it is then used instead of the installed one, never as a second gue
 decides: the library that ran it runs the others.
 ``TILEWISE_FORCE_ISA`` names the kernel family to use instead of the best one: ``baseline``,
 ``avx2``, ``avx512``, ``avx512_bf16``, ``amx`` or ``amx_fma``; a name that is unknown or that this
-processor cannot run is an error. It is read by every call. The last two run only when they are
-named: they have been tested in emulation, not on a processor. ``amx`` multiplies every dtype on
-AMX's tiles, float16 as sums of two and float32 of three bfloat16 numbers; calls with an inf, a NaN
-or a row of q, k, v or d_out whose largest number is not 0 and not between 2^-40 and 2^30, and those
-with fewer than 16 query rows for a kv head, use multiply-adds. ``amx_fma`` multiplies bfloat16 on
-tiles and float16 and float32 by multiply-adds.
+processor cannot run is an error. It is read by every call. ``amx``, the best where there is AMX,
+multiplies every dtype on its tiles, float16 as sums of two and float32 of three bfloat16 numbers;
+calls with an inf, a NaN or a row of q, k, v or d_out whose largest number is not 0 and not between
+2^-40 and 2^30, and those with fewer than 16 query rows for a kv head, use multiply-adds.
+``amx_fma`` multiplies bfloat16 on tiles and float16 and float32 by multiply-adds. Both have run on
+emulated processors only.
 
 The library has no threads of its own: it is given PyTorch's ``torch_parallel_for`` (PyTorch 2.10
 and later), so that ``torch.set_num_threads`` governs it and there is one pool. With an older
