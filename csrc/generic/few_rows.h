@@ -150,7 +150,7 @@ struct Weights {
 // O += P V for Rows query rows and Vectors columns, over some keys. The
 // first to read a row, of `ask` numbers, asks for one to come; for the others `ask` is 0.
 template <int Rows, int Vectors, class E, class Values>
-inline void value_columns(const Values& v, Span keys, Weights<E> weights, std::int64_t d, float* out,
+inline void value_columns(const Values& v, const Span& keys, const Weights<E>& weights, std::int64_t d, float* out,
                           std::int64_t out_row, std::int64_t ask) {
   Vec sum[Rows][Vectors];
 #pragma GCC unroll 8
