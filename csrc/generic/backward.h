@@ -12,7 +12,8 @@ namespace {
 
 template <class E>
 struct BackwardSpace {
-  E *keys, *tile_keys, *values, *key_columns, *query_rows, *d_out_rows, *queries_t, *queries, *d_out_t, *d_out, *operand;
+  E *keys, *tile_keys, *values, *key_columns;
+  E *query_rows, *d_out_rows, *queries_t, *queries, *d_out_t, *d_out, *operand;
   float *row, *d_q, *weights, *capped, *dropped, *d_scores, *d_k, *d_v;
   float *d_q_sum, *d_k_sum, *d_v_sum;  // of runs
 };

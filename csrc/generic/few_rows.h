@@ -147,8 +147,8 @@ struct Weights {
   Weights from(std::int64_t r) const { return {at + r * row, step, row}; }
 };
 
-// O += P V for Rows query rows and Vectors columns, over some keys. The
-// first to read a row, of `ask` numbers, asks for one to come; for the others `ask` is 0.
+// O += P V for Rows query rows and Vectors columns, over some keys. The first to read a row, of `ask` numbers, asks
+// for one to come; for the others `ask` is 0.
 template <int Rows, int Vectors, class E, class Values>
 inline void value_columns(const Values& v, const Span& keys, const Weights<E>& weights, std::int64_t d, float* out,
                           std::int64_t out_row, std::int64_t ask) {
@@ -163,10 +163,11 @@ inline void value_columns(const Values& v, const Span& keys, const Weights<E>& w
     IntVec values[Vectors];
     load_columns<Vectors, E>(v.at(j) + d, v.at(j + kWidth<E> - 1) + d, values);
 #pragma GCC unroll 8
-    for (int i = 0; i < Vectors; ++i)
+    for (int r = 0; r < Rows; ++r) {
+      const E* weight = weights.at + j / kWidth<E> * weights.step + r * weights.row;
 #pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r)
-        sum[r][i] = multiply_columns(weights.at + j / kWidth<E> * weights.step + r * weights.row, values[i], sum[r][i]);
+      for (int i = 0; i < Vectors; ++i) sum[r][i] = multiply_columns(weight, values[i], sum[r][i]);
+    }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)

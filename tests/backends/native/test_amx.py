@@ -174,7 +174,9 @@ def test_the_switch_to_multiply_adds(amx, dtype, monkeypatch):
 def test_a_family_that_is_not_there_is_an_error(amx, monkeypatch, name):
     monkeypatch.setenv("TILEWISE_FORCE_ISA", name)
     q = torch.randn(1, 1, 32, 32)
-    with pytest.raises(ValueError, match=rf"^TILEWISE_FORCE_ISA: got '{name}'; .* can run amx, amx_fma, "):
+    with pytest.raises(
+        ValueError, match=rf"^TILEWISE_FORCE_ISA: got '{name}'; .* can run amx, amx_fma, "
+    ):
         tilewise.attention(q, q, q, backend="native")
 
 
